@@ -1,0 +1,118 @@
+"""Attention in plain torch, on any device: what the other backends are checked against.
+
+Tokens are read in tiles and the tiles' attentions merged by log-sum-exp, so memory is bounded by
+the tile whatever the context length.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tamis.attention.merge import merge_sinks, merge_states
+from tamis.cache.format import PagedKV
+
+TILE = 4096
+"""Cached tokens of each head that are gathered from pages at once."""
+
+
+def decode(
+    q: torch.Tensor,
+    kv: PagedKV,
+    *,
+    scale: float,
+    positions: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tamis.attention.decode`, whose docstring holds."""
+    n, q_heads, _ = q.shape
+    kv_heads = kv.lengths.shape[1]
+    v_dim = kv.format.field("v").width
+    grouped = q.float().reshape(n, kv_heads, q_heads // kv_heads, -1)
+    out = grouped.new_zeros(n, kv_heads, q_heads // kv_heads, v_dim)
+    lse = grouped.new_full(out.shape[:-1], -torch.inf)
+    for start, stop in tiles(kv):
+        visible = cached(kv, start, stop)
+        if window is not None and positions is not None:
+            oldest = positions - window + 1
+            visible &= gather(kv, "position", start, stop)[..., 0] >= oldest[:, None, None]
+        if not visible.any():
+            continue
+        k, v = gather_kv(kv, start, stop)
+        part = attend(grouped, k.float(), v.float(), visible[:, :, None], scale, softcap)
+        out, lse = merge_states(out, lse, *part)
+    out, lse = out.flatten(1, 2), lse.flatten(1, 2)
+    if sinks is not None:
+        out, lse = merge_sinks(out, lse, sinks)
+    return out.to(q.dtype), lse
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(softcap tanh(scale q k^T / softcap)) v over the visible tokens.
+
+    Args:
+        q: [..., queries, k_dim], fp32.
+        k: [..., tokens, k_dim], fp32.
+        v: [..., tokens, v_dim], fp32; finite everywhere.
+        visible: bool, broadcastable to [..., queries, tokens]; None sees every token.
+        scale: factor of the products.
+        softcap: bound of the scores, or None.
+
+    Returns:
+        `(out, lse)`: [..., queries, v_dim] and [..., queries], fp32; zero and -inf for a query
+        that sees nothing.
+    """
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if visible is not None:
+        scores.masked_fill_(~visible, -torch.inf)
+    lse = scores.logsumexp(-1)
+    # A query that sees nothing has lse -inf, where the difference would be NaN.
+    weights = scores.sub_(lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp_()
+    return weights @ v, lse
+
+
+def tiles(kv: PagedKV) -> list[tuple[int, int]]:
+    """The token ranges that cover the longest head of `kv`, TILE tokens at a time."""
+    longest = int(kv.lengths.max()) if kv.lengths.numel() else 0
+    return [(start, min(start + TILE, longest)) for start in range(0, longest, TILE)]
+
+
+def cached(kv: PagedKV, start: int, stop: int) -> torch.Tensor:
+    """Which of the tokens start..stop exist: bool [n, kv_heads, stop - start]."""
+    token = torch.arange(start, stop, device=kv.lengths.device)
+    return token < kv.lengths[..., None]
+
+
+def gather_kv(kv: PagedKV, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the tokens start..stop, [n, kv_heads, stop - start, k_dim or v_dim].
+
+    Tokens that do not exist are zero, whatever the memory behind them holds.
+    """
+    missing = ~cached(kv, start, stop)[..., None]
+    k, v = (gather(kv, name, start, stop).masked_fill_(missing, 0) for name in ("k", "v"))
+    return k, v
+
+
+def gather(kv: PagedKV, name: str, start: int, stop: int) -> torch.Tensor:
+    """One field of the tokens start..stop of every head, copied out of the pages.
+
+    Returns:
+        [n, kv_heads, stop - start, width] of the field's dtype; arbitrary where a head has no
+        such token.
+    """
+    size = kv.format.page_size
+    first, last = start // size, -(-stop // size)
+    pages = kv.tables[..., first:last]
+    exists = torch.arange(first, last, device=pages.device) * size < kv.lengths[..., None]
+    rows = kv.format.view(kv.data, name)[torch.where(exists, pages, 0).long()].flatten(2, 3)
+    return rows[:, :, start - first * size : stop - first * size]

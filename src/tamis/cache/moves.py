@@ -1,0 +1,76 @@
+"""Moves of tokens between tensors and pages."""
+
+from __future__ import annotations
+
+import torch
+
+from tamis.cache.format import PageFormat
+
+
+def append(
+    data: torch.Tensor,
+    format: PageFormat,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Write a step's new keys, values and positions of several sequences at one layer.
+
+    New token `t` of row `i` becomes cached token `lengths[i, h] + t` of every head `h`, on a page
+    that `tables` must already name. Lengths, tables and other fields of the pages stay as they are.
+
+    Args:
+        data: the arena's bytes, uint8 [capacity].
+        format: the layout of the pages.
+        tables: page ids, int32 [n, kv_heads, max_pages], last dimension contiguous.
+        lengths: tokens cached before, int32 [n, kv_heads].
+        starts: row `i` adds the tokens starts[i]..starts[i + 1], int32 or int64 [n + 1].
+        k: new keys in the format's dtype, [tokens, kv_heads, k_dim], last dimension contiguous.
+        v: new values, [tokens, kv_heads, v_dim], like `k`.
+        positions: absolute positions, int32 [tokens].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together or do not fit the format.
+    """
+    _check(format, tables, lengths, starts, k, v, positions)
+    counts = starts.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=k.device), counts)
+    within = torch.arange(len(k), device=k.device) - starts[:-1].long()[row]
+    token = lengths[row].long() + within[:, None]  # [tokens, kv_heads]
+    page = tables[row].gather(2, (token // format.page_size)[..., None])[..., 0].long()
+    slot = token % format.page_size
+    format.view(data, "k")[page, slot] = k
+    format.view(data, "v")[page, slot] = v
+    format.view(data, "position")[page, slot] = positions[:, None, None]
+
+
+def _check(
+    format: PageFormat,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Raise ValueError unless the arguments of `append` fit together."""
+    n, kv_heads = lengths.shape
+    tokens = len(positions)
+    for name, new in (("k", k), ("v", v)):
+        field = format.field(name)
+        if new.shape != (tokens, kv_heads, field.width) or new.dtype != field.dtype:
+            raise ValueError(
+                f"{name} must be {field.dtype} [{tokens}, {kv_heads}, {field.width}], "
+                f"got {new.dtype} {list(new.shape)}"
+            )
+    if tables.dim() != 3 or tables.shape[:2] != (n, kv_heads) or len(starts) != n + 1:
+        raise ValueError(
+            f"tables must be [{n}, {kv_heads}, max_pages] and starts [{n + 1}], "
+            f"got {list(tables.shape)} and {list(starts.shape)}"
+        )
+    for name, tensor in (("tables", tables), ("lengths", lengths), ("positions", positions)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be torch.int32, got {tensor.dtype}")
