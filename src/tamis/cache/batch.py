@@ -1,0 +1,106 @@
+"""A step's batch as the attention callback sees it: tables and lengths of all its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tamis.cache import moves
+from tamis.cache.format import PagedKV
+from tamis.cache.paged import PagedCache
+from tamis.cache.pool import PageError
+from tamis.cache.sequence import SequenceCache
+
+
+class BatchView:
+    """The page tables of a batch, put together once per step and sliced per layer.
+
+    It is valid from the sequences' `reserve` to their `advance`.
+
+    Attributes:
+        starts: sequence `i` adds the tokens starts[i] .. starts[i + 1] - 1 of the step,
+            int32 [n + 1].
+        positions: absolute positions of the step's tokens, int32 [tokens].
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        sequences: Sequence[SequenceCache],
+        new_tokens: Sequence[int],
+        positions: torch.Tensor,
+    ) -> None:
+        """Gather the tables.
+
+        Args:
+            cache: the cache of all the sequences.
+            sequences: the batch, in the order of the step's tokens.
+            new_tokens: how many tokens each sequence adds; they must be reserved.
+            positions: absolute positions of those tokens, int32 [sum of new_tokens], on the
+                cache's device.
+
+        Raises:
+            PageError: a sequence adds more tokens than it has reserved.
+        """
+        for sequence, n in zip(sequences, new_tokens, strict=True):
+            if n > sequence.room:
+                raise PageError(
+                    f"a batch adds {n} tokens to a sequence with {sequence.room} reserved"
+                )
+        width = max(sequence.width for sequence in sequences)
+        shape = (len(sequences), cache.layout.n_rows)
+        tables = np.zeros((*shape, width), dtype=np.int32)
+        lengths = np.empty((2, *shape), dtype=np.int32)
+        for i, sequence in enumerate(sequences):
+            tables[i, :, : sequence.width] = sequence.tables[:, : sequence.width]
+            lengths[0, i] = sequence.lengths
+        counts = np.array(new_tokens, dtype=np.int32)
+        np.add(lengths[0], counts[:, None], out=lengths[1])
+        starts = np.zeros(len(sequences) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        self._data = cache.arena.data
+        self._layout = cache.layout
+        device = self._data.device
+        self._tables = torch.from_numpy(tables).to(device)
+        self._before, self._after = torch.from_numpy(lengths).to(device)
+        self.starts = torch.from_numpy(starts).to(device)
+        self.positions = positions
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the step's keys and values of one layer into the pages.
+
+        Args:
+            layer: the layer.
+            k: [tokens, kv_heads, k_dim] in the cache's dtype.
+            v: [tokens, kv_heads, v_dim] in the cache's dtype.
+        """
+        rows = self._layout.rows(layer)
+        moves.append(
+            self._data,
+            self._layout.formats[self._layout.layer_formats[layer]],
+            self._tables[:, rows],
+            self._before[:, rows],
+            self.starts,
+            k,
+            v,
+            self.positions,
+        )
+
+    def pages(self, layer: int, start: int, stop: int, *, with_new: bool) -> PagedKV:
+        """The pages of sequences `start` .. `stop` - 1 at one layer.
+
+        Args:
+            layer: the layer.
+            start, stop: which sequences of the batch.
+            with_new: whether the lengths count the step's own tokens.
+        """
+        rows = self._layout.rows(layer)
+        lengths = self._after if with_new else self._before
+        return PagedKV(
+            self._data,
+            self._layout.formats[self._layout.layer_formats[layer]],
+            self._tables[start:stop, rows],
+            lengths[start:stop, rows],
+        )

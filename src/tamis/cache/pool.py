@@ -1,0 +1,224 @@
+"""Pages of one format: allocation, reference counts, exact byte accounting."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tamis.cache.arena import Arena
+from tamis.cache.format import UNIT, PageFormat
+
+IntArray = npt.NDArray[np.int32]
+
+
+class OutOfPages(Exception):  # noqa: N818 - an event for the scheduler, not a failure
+    """An allocation did not fit; nothing was changed."""
+
+
+class PageError(AssertionError):
+    """The cache was misused: a page freed twice, an unknown id, a write without a reservation."""
+
+
+class PagePool:
+    """Pages of one format in an arena.
+
+    Pages are reference-counted: `allocate` gives a page one reference, `retain` adds one,
+    `release` drops one and frees the page with the last. Freed pages are reused last in, first
+    out, while they are still in the processor's caches. All operations are on whole arrays of
+    ids, int32 [n].
+    """
+
+    def __init__(self, arena: Arena, format: PageFormat) -> None:
+        self.arena = arena
+        self.format = format
+        self.page_bytes = format.page_bytes
+        self.pages_per_block = arena.block_bytes // format.page_bytes
+        self._block_units = arena.block_bytes // UNIT
+        self._page_units = format.page_bytes // UNIT
+        # A slot numbers the pages densely: block * pages_per_block + page within the block.
+        n_slots = arena.n_blocks * self.pages_per_block
+        self._references = np.zeros(n_slots, dtype=np.int32)
+        self._held = np.zeros(arena.n_blocks, dtype=np.bool_)
+        self._used = np.zeros(arena.n_blocks, dtype=np.int32)  # pages in use per block
+        self._stack = np.empty(n_slots, dtype=np.int32)  # free slots of held blocks
+        self._n_free = 0
+        self._pages_in_use = 0
+        self._pages_peak = 0
+        self._views: dict[str, torch.Tensor] = {}
+        n_ids = max(0, (arena.data.numel() - self.page_bytes) // UNIT + 1)
+        self._words = arena.data.view(torch.int64).as_strided(
+            (n_ids, self.page_bytes // 8), (UNIT // 8, 1), 0
+        )
+        arena.register(self)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the pages in use."""
+        return self._pages_in_use * self.page_bytes
+
+    @property
+    def bytes_peak(self) -> int:
+        """The most bytes that were in use at once."""
+        return self._pages_peak * self.page_bytes
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that `allocate` could give now, with those that the arena would still add."""
+        return self._n_free + self.arena.obtainable_blocks(self) * self.pages_per_block
+
+    @property
+    def empty_blocks(self) -> int:
+        """Blocks held in which no page is in use."""
+        return int(np.count_nonzero(self._empty()))
+
+    def blocks_short(self, n: int) -> int:
+        """Blocks that the arena must add before `n` pages can be allocated."""
+        if n <= self._n_free:
+            return 0
+        if self.pages_per_block == 0:
+            return self.arena.n_blocks + 1  # never: a block is smaller than a page
+        return -(-(n - self._n_free) // self.pages_per_block)
+
+    def allocate(self, n: int) -> IntArray:
+        """Take `n` pages with one reference each: their ids, int32 [n]. Contents are undefined.
+
+        Raises:
+            OutOfPages: fewer than `n` pages are free; none was taken.
+        """
+        missing = self.blocks_short(n)
+        if missing > self.arena.free_blocks:
+            self.arena.reclaim()
+            missing = self.blocks_short(n)
+            if missing > self.arena.free_blocks:
+                raise OutOfPages(f"{n} pages wanted, {self.free_pages} free")
+        if missing:
+            self._add_blocks(self.arena.take(missing))
+        top = self._n_free
+        slots = self._stack[top - n : top][::-1].copy()
+        self._n_free = top - n
+        self._references[slots] = 1
+        blocks = slots // self.pages_per_block
+        np.add.at(self._used, blocks, 1)
+        self._pages_in_use += n
+        self._pages_peak = max(self._pages_peak, self._pages_in_use)
+        self.arena.account(n * self.page_bytes)
+        return self._ids(slots)
+
+    def retain(self, ids: IntArray) -> None:
+        """Add one reference to each page (one per occurrence in `ids`).
+
+        Raises:
+            PageError: an id is not a page in use; nothing was changed.
+        """
+        np.add.at(self._references, self._slots(ids), 1)
+
+    def release(self, ids: IntArray) -> None:
+        """Drop one reference of each page (one per occurrence in `ids`); free those without any.
+
+        Raises:
+            PageError: an id is not a page in use, or occurs more often than it has references;
+                nothing was changed.
+        """
+        slots = self._slots(ids)
+        np.subtract.at(self._references, slots, 1)
+        left = self._references[slots]
+        if left.size and left.min() < 0:
+            np.add.at(self._references, slots, 1)
+            raise PageError("a page was released more often than it was allocated and retained")
+        freed = np.unique(slots[left == 0])[::-1]
+        n = freed.size
+        if n == 0:
+            return
+        self._stack[self._n_free : self._n_free + n] = freed
+        self._n_free += n
+        np.subtract.at(self._used, freed // self.pages_per_block, 1)
+        self._pages_in_use -= n
+        self.arena.account(-n * self.page_bytes)
+
+    def references(self, ids: IntArray) -> IntArray:
+        """Reference count of each page, int32 [n].
+
+        Raises:
+            PageError: an id is not a page in use.
+        """
+        return self._references[self._slots(ids)]
+
+    def view(self, name: str) -> torch.Tensor:
+        """All pages' rows of one field, `[page ids, page_size, width]`; see PageFormat.view."""
+        if name not in self._views:
+            self._views[name] = self.format.view(self.arena.data, name)
+        return self._views[name]
+
+    def read(self, ids: IntArray) -> torch.Tensor:
+        """A copy of whole pages as opaque words, int64 [n, page_bytes / 8], on the device."""
+        return self._words[self._index(ids)]
+
+    def write(self, ids: IntArray, words: torch.Tensor) -> None:
+        """Put back what `read` gave, into the pages `ids`."""
+        self._words[self._index(ids)] = words.to(self._words.device)
+
+    def move_tokens(
+        self, source: tuple[IntArray, IntArray], target: tuple[IntArray, IntArray]
+    ) -> None:
+        """Copy tokens with all their fields between pages.
+
+        Args:
+            source: page ids and rows within the page, int32 [n] each.
+            target: the same, for where they go. All is read before any of it is written, field
+                by field, so the two may overlap.
+        """
+        source_page, source_row, target_page, target_row = map(self._index, source + target)
+        for field in self.format.fields:
+            rows = self.view(field.name)
+            rows[target_page, target_row] = rows[source_page, source_row]
+
+    def give_back(self) -> None:
+        """Return every empty block to the arena."""
+        empty = self._empty()
+        if not empty.any():
+            return
+        free = self._stack[: self._n_free]
+        kept = free[~empty[free // self.pages_per_block]]
+        self._stack[: kept.size] = kept
+        self._n_free = kept.size
+        self._held[empty] = False
+        self.arena.put(np.flatnonzero(empty).astype(np.int32)[::-1])
+
+    def _empty(self) -> npt.NDArray[np.bool_]:
+        empty: npt.NDArray[np.bool_] = self._held & (self._used == 0)
+        return empty
+
+    def _add_blocks(self, blocks: IntArray) -> None:
+        self._held[blocks] = True
+        # Downwards within and across blocks, so that pages leave the stack in ascending order.
+        within = np.arange(self.pages_per_block - 1, -1, -1, dtype=np.int32)
+        slots = (blocks[::-1, None] * self.pages_per_block + within).ravel()
+        # Under the pages that were freed before, which are the warm ones.
+        n = self._n_free
+        self._stack[slots.size : slots.size + n] = self._stack[:n].copy()
+        self._stack[: slots.size] = slots
+        self._n_free += slots.size
+
+    def _ids(self, slots: IntArray) -> IntArray:
+        block, page = np.divmod(slots, self.pages_per_block)
+        ids: IntArray = block * self._block_units + page * self._page_units
+        return ids
+
+    def _slots(self, ids: IntArray) -> IntArray:
+        """The slots of pages in use."""
+        block, units = np.divmod(ids, self._block_units)
+        page, rest = np.divmod(units, self._page_units)
+        slots: IntArray = block * self.pages_per_block + page
+        if ids.size and (
+            rest.any()
+            or page.max() >= self.pages_per_block
+            or slots.min() < 0
+            or slots.max() >= self._references.size
+            or self._references[slots].min() <= 0
+        ):
+            raise PageError("a page id that is not in use was given to the pool")
+        return slots
+
+    def _index(self, array: IntArray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.arena.data.device)
