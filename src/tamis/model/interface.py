@@ -8,7 +8,8 @@ forward's keyword arguments, so nothing is shared between two forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +117,31 @@ class PassThroughCache(Cache):  # type: ignore[misc]
     update_conv_state = update_recurrent_state = update_indexer = _refuse
 
 
+class NotHandedDownError(Exception):
+    """The forward's keyword arguments did not reach the attention module `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(f"{type(module).__name__} is not given the forward's keyword arguments")
+        self.module = module
+
+
+@contextmanager
+def handed_down(modules: Sequence[nn.Module], arguments: dict[str, Any]) -> Iterator[None]:
+    """Within the context, each of `modules` is called with `arguments` beside its own.
+
+    For the models whose layers drop the forward's keyword arguments. The hooks that do it are
+    registered for the context only.
+    """
+
+    def add(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | arguments
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(add, with_kwargs=True))
+        yield
+
+
 def hand_over(
     module: nn.Module,
     query: Tensor,
@@ -123,7 +149,7 @@ def hand_over(
     value: Tensor,
     attention_mask: Mask | Tensor | None,
     *,
-    attend: Attend,
+    attend: Attend | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -139,6 +165,8 @@ def hand_over(
     there is one, decides the window: that is what Transformers' own exact attention obeys.
     With `probing`, everything the layer asks for is checked to be something `attend` is told.
     """
+    if attend is None:
+        raise NotHandedDownError(module)
     if probing:
         _check_request(module, attention_mask, is_causal, others)
     window = attention_mask.window if isinstance(attention_mask, Mask) else sliding_window

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tamis.errors import UnsupportedModelError
-from tamis.model.interface import Attend, PassThroughCache
+from tamis.model.interface import Attend, NotHandedDownError, PassThroughCache, handed_down
 from tamis.model.probe import LayerSpec, Probe, probe_tokens
 from tamis.model.rope import dynamic_modules, lengths_honoured
 
@@ -49,6 +49,7 @@ class Model:
         self.name = name
         self._picks_logits = "logits_to_keep" in signature(hf.forward).parameters
         self._dynamic_modules = dynamic_modules(hf)
+        self._unreached: tuple[nn.Module, ...] = ()  # attention without the forward's arguments
         self.layers: tuple[LayerSpec, ...] = self._probe()
 
     @property
@@ -143,7 +144,7 @@ class Model:
         Raises:
             ValueError: shapes disagree, or `rope_lengths` is missing.
         """
-        return self._run(input_ids, positions, logits_at, rope_lengths, attend=attend)
+        return self._run(input_ids, positions, logits_at, rope_lengths, {"attend": attend})
 
     def _run(
         self,
@@ -151,7 +152,7 @@ class Model:
         positions: Tensor,
         logits_at: Tensor,
         rope_lengths: Tensor | None,
-        **handed_over: Any,
+        down: dict[str, Any],
     ) -> Tensor:
         """`forward`, with the keyword arguments that go down to the attention function."""
         if input_ids.ndim != 1 or positions.shape != input_ids.shape or logits_at.ndim != 1:
@@ -159,31 +160,35 @@ class Model:
                 "input_ids and positions must be [tokens] and logits_at [m], not "
                 f"{list(input_ids.shape)}, {list(positions.shape)}, {list(logits_at.shape)}"
             )
-        rotation: AbstractContextManager[None] = nullcontext()
-        if self.dynamic_rope:
-            if rope_lengths is None or rope_lengths.shape != input_ids.shape:
-                raise ValueError("rope_lengths must be [tokens] for a model with dynamic RoPE")
-            rotation = lengths_honoured(self._dynamic_modules, rope_lengths)
-        if self._picks_logits:
-            handed_over["logits_to_keep"] = logits_at
-        with rotation:
+        options: dict[str, Any] = {"logits_to_keep": logits_at} if self._picks_logits else {}
+        with ExitStack() as contexts:
+            if self.dynamic_rope:
+                if rope_lengths is None or rope_lengths.shape != input_ids.shape:
+                    raise ValueError("rope_lengths must be [tokens] for a model with dynamic RoPE")
+                contexts.enter_context(lengths_honoured(self._dynamic_modules, rope_lengths))
+            if self._unreached:
+                contexts.enter_context(handed_down(self._unreached, down))
+            else:
+                options |= down
             logits: Tensor = self.hf(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 past_key_values=PassThroughCache(),
                 use_cache=False,
-                **handed_over,
+                **options,
             ).logits[0]
         return (logits if self._picks_logits else logits[logits_at]).float()
 
     @torch.no_grad()
     def _probe(self) -> tuple[LayerSpec, ...]:
         """Run a few tokens and record what every layer hands over."""
-        probe = Probe()
-        ids, positions = probe_tokens(self.vocab_size, self.device)
-        lengths = positions + 1
         try:
-            self._run(ids, positions, ids[:1] * 0, lengths, attend=probe, probing=True)
+            try:
+                probe = self._run_probe()
+            except NotHandedDownError as error:
+                kind = type(error.module)
+                self._unreached = tuple(m for m in self.hf.modules() if type(m) is kind)
+                probe = self._run_probe()
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self._subject} cannot run here: {error}.") from error
         except Exception as error:  # a model that was never meant for this can fail anyhow
@@ -203,6 +208,13 @@ class Model:
                 f"{probe.order}; every layer must have its own attention and call it once."
             )
         return tuple(probe.specs)
+
+    def _run_probe(self) -> Probe:
+        probe = Probe()
+        ids, positions = probe_tokens(self.vocab_size, self.device)
+        first = torch.zeros_like(ids[:1])
+        self._run(ids, positions, first, positions + 1, {"attend": probe, "probing": True})
+        return probe
 
     @property
     def _subject(self) -> str:
