@@ -1,0 +1,50 @@
+# make demo   a long prompt, answered and measured     make lint    style, types, import contracts
+# make test   the tests                                make clean   remove everything built here
+#
+# Each creates .venv on its first run and reinstalls tamis when its sources have changed.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+SOURCES := pyproject.toml README.md $(wildcard CMakeLists.txt) \
+           $(shell find src native -type f -not -name '*.pyc' -not -name '*.so')
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/package.stamp
+	$(BIN)/tamis demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The build tools live in .venv too (hence --no-build-isolation), so CMake's build directory stays
+# valid from one install to the next and only what changed is compiled again.
+$(VENV)/package.stamp: $(VENV)/tools.stamp $(SOURCES)
+	@echo "installing tamis and what it needs into $(VENV) (torch is large: the first time takes minutes)"
+	$(PIP) install --no-build-isolation --constraint constraints.txt .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/package.stamp
+	$(PIP) install --no-build-isolation --constraint constraints.txt '.[dev]'
+	@touch $@
+
+$(VENV)/tools.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: tamis needs Python 3.11 or newer, and '$(PYTHON)' is" \
+	       "$$($(PYTHON) --version 2>&1 || true);" \
+	       "name one that is: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt scikit-build-core nanobind cmake ninja
+	@touch $@
