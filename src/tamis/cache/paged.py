@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -82,6 +84,16 @@ class PagedCache:
         """A capacity with which `fits` holds."""
         return self.layout.capacity_for(self.layout.peak_pages(n_tokens, chunk))
 
+    def distinct_bytes(self, sequences: Sequence[SequenceCache]) -> int:
+        """Bytes of the pages of some sequences on the device, each shared page counted once."""
+        if len(sequences) == 1 and not sequences[0].swapped:
+            return sequences[0].bytes
+        total = 0
+        ids, formats = map(np.concatenate, zip(*(s.held_pages() for s in sequences), strict=True))
+        for i, pool in enumerate(self.pools):
+            total += np.unique(ids[formats == i]).size * pool.page_bytes
+        return total
+
     def can_allocate(self, pages: IntArray) -> bool:
         """Whether so many pages of each format, int32 [formats], can be allocated together."""
 
@@ -128,8 +140,13 @@ class PagedCache:
             shared[of_format] = pool.references(ids[of_format]) > 1
         return shared
 
+    def copy(self, source: IntArray, target: IntArray, formats: IntArray) -> None:
+        """Copy whole pages to other pages of the same formats."""
+        for i, pool in enumerate(self.pools):
+            pool.copy(source[formats == i], target[formats == i])
+
     def read(self, ids: IntArray, formats: IntArray) -> list[torch.Tensor]:
-        """A copy of whole pages: per format, opaque words in the order of `ids`."""
+        """A copy of whole pages in host memory: per format, opaque words in the order of `ids`."""
         return [pool.read(ids[formats == i]) for i, pool in enumerate(self.pools)]
 
     def write(self, ids: IntArray, formats: IntArray, words: list[torch.Tensor]) -> None:

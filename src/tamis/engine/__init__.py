@@ -1,0 +1,1 @@
+"""The engine: scheduler, step, sampler; `Engine.step()` is the heart of tamis."""

@@ -1,0 +1,197 @@
+"""Which work goes into the next step.
+
+Running sequences that decode come first, one token each, so no long prompt ever stalls them; what
+is left of the token budget goes to chunks of prompts, oldest first. Pages are reserved here, before
+the step, so the step itself cannot run out of memory. When pages are short, the newest sequence
+gives its pages up: it is swapped to host memory, or forgotten and recomputed later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from tamis.cache import OutOfPages, OutOfSwap, PagedCache
+from tamis.engine.sequence import Sequence, Status
+
+Preemption = Literal["recompute", "swap"]
+
+
+class Work(NamedTuple):
+    """`n_tokens` pending tokens of one sequence, for which pages are reserved."""
+
+    sequence: Sequence
+    n_tokens: int
+
+
+class Scheduler:
+    """First come, first served, under a token budget and a page budget.
+
+    Args:
+        cache: where pages are reserved.
+        max_batch_tokens: tokens of one step, decodes and chunks together.
+        max_running: sequences that may hold pages at once.
+        preemption: what becomes of the pages of a preempted sequence.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        max_batch_tokens: int,
+        max_running: int,
+        preemption: Preemption,
+    ) -> None:
+        self.cache = cache
+        self.max_batch_tokens = max_batch_tokens
+        self.max_running = min(max_running, max_batch_tokens)
+        self.preemption = preemption
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.swapped: list[Sequence] = []
+
+    @property
+    def idle(self) -> bool:
+        """True when no sequence waits, runs or lies swapped."""
+        return not (self.waiting or self.running or self.swapped)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a new sequence, or one whose pages were forgotten, into the queue."""
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_order)
+
+    def add_forks(self, sequences: Iterable[Sequence]) -> None:
+        """Take siblings that already hold (shared) pages among the running sequences."""
+        for sequence in sequences:
+            self._start(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that ended and free its pages at once, wherever they lie."""
+        for queue in (self.running, self.waiting, self.swapped):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.status = Status.FINISHED
+        if sequence.cache is not None:
+            sequence.cache.free()
+            sequence.cache = None
+
+    def schedule(self) -> tuple[list[Work], list[Sequence]]:
+        """Choose the next step's work and reserve its pages.
+
+        Returns:
+            The work, sequences with one pending token first; and the sequences that cannot go on
+            even with the cache to themselves, which the caller must end.
+        """
+        batch: dict[Sequence, int] = {}
+        stuck: list[Sequence] = []
+        budget = self.max_batch_tokens
+        n_running = len(self.running)
+        decodes = [s for s in self.running if s.n_pending == 1]
+        prefills = [s for s in self.running if s.n_pending > 1]
+        for sequence in decodes + prefills:
+            if sequence.status is Status.RUNNING:
+                budget -= self._reserve(sequence, budget, batch, stuck)
+        if len(self.running) == n_running and not stuck:  # nobody was preempted: there is room
+            budget -= self._resume(budget, batch, stuck)
+            if not self.swapped:
+                self._admit(budget, batch, stuck)
+        work = [Work(sequence, n) for sequence, n in batch.items()]
+        work.sort(key=lambda item: item.n_tokens > 1)
+        return work, stuck
+
+    def _resume(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> int:
+        """Bring swapped sequences back, oldest first, while there is room; the tokens used."""
+        used = 0
+        while self.swapped and used < budget and len(self.running) < self.max_running:
+            sequence = self.swapped[0]
+            if not self._has_room(sequence):
+                break
+            assert sequence.cache is not None
+            try:
+                sequence.cache.swap_in()
+            except OutOfPages:
+                break
+            self.swapped.pop(0)
+            self._start(sequence)
+            used += self._reserve(sequence, budget - used, batch, stuck)
+        return used
+
+    def _admit(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
+        """Start waiting sequences, oldest first, whose whole prompt will find pages."""
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            n_branches = sequence.request.params.n if sequence.n_output == 0 else 1
+            full = self.running and len(self.running) + n_branches > self.max_running
+            if full or not self._has_room(sequence):
+                return
+            self.waiting.pop(0)
+            sequence.cache = self.cache.new_sequence()
+            self._start(sequence)
+            budget -= self._reserve(sequence, budget, batch, stuck)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether its pages, all that running prompts still need, and one more page for every
+        head of every running sequence are free; always true when nothing else runs."""
+        if not self.running:
+            return True
+        layout = self.cache.layout
+        promised = 0
+        for other in self.running:
+            assert other.cache is not None
+            promised += max(0, layout.bytes_for(len(other.tokens)) - other.cache.bytes)
+        headroom = (len(self.running) + 1) * layout.bytes_for(1)
+        return layout.bytes_for(len(sequence.tokens)) + promised + headroom <= self.cache.free_bytes
+
+    def _reserve(
+        self, sequence: Sequence, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]
+    ) -> int:
+        """Put up to `budget` pending tokens of a running sequence into the batch, preempting newer
+        sequences for their pages; the number of tokens. A sequence that is itself the newest
+        keeps its pages and waits a step."""
+        assert sequence.cache is not None
+        n = min(budget, sequence.n_pending)
+        while n > 0:
+            try:
+                sequence.cache.reserve(n)
+            except OutOfPages:
+                newest = max(self.running, key=_order)
+                if newest is not sequence:
+                    self._preempt(newest)
+                    batch.pop(newest, None)
+                elif len(self.running) > 1:
+                    return 0
+                elif n > 1:
+                    n //= 2
+                else:
+                    stuck.append(sequence)
+                    return 0
+            else:
+                batch[sequence] = n
+                return n
+        return 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.cache is not None
+        self.running.remove(sequence)
+        sequence.request.preemptions += 1
+        if self.preemption == "swap":
+            try:
+                sequence.cache.swap_out()
+            except OutOfSwap:
+                pass
+            else:
+                sequence.status = Status.SWAPPED
+                insort(self.swapped, sequence, key=_order)
+                return
+        sequence.cache.free()
+        sequence.cache = None
+        sequence.n_computed = 0
+        self.add(sequence)
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_order)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

@@ -1,0 +1,94 @@
+"""A request and its sequences: what the scheduler orders and the engine extends."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from tamis.cache import SequenceCache
+from tamis.engine.outputs import FinishReason, TokenLogprob
+from tamis.engine.sampler import SamplerState
+from tamis.engine.text import TextStream
+from tamis.plan import Plan
+from tamis.sampling import SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence stands; the scheduler alone changes it, but for FINISHED."""
+
+    WAITING = auto()  # holds no pages
+    RUNNING = auto()  # holds pages
+    SWAPPED = auto()  # its pages lie in host memory
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of a prompt.
+
+    Attributes:
+        tokens: prompt, then output. The last one's KV is computed by the next step.
+        n_computed: tokens whose KV is in the cache; 0 again after preemption by recomputation.
+        cache: its pages, None while it waits.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    sampler: SamplerState
+    text: TextStream | None
+    cache: SequenceCache | None = None
+    n_computed: int = 0
+    status: Status = Status.WAITING
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """First come, first served: the smaller one goes first, the largest is preempted."""
+        return (self.request.arrival, self.index)
+
+    @property
+    def n_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens whose KV must still be computed; 1 for a sequence that decodes."""
+        return len(self.tokens) - self.n_computed
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_ids) :]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, what is asked of it, and its `params.n` sequences once the prompt is computed.
+
+    Attributes:
+        arrival: a number that grows from request to request.
+        max_total: prompt and output tokens at which a sequence ends by "length".
+    """
+
+    id: str
+    arrival: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    plan: Plan
+    max_total: int
+    sequences: list[Sequence] = field(default_factory=list)
+    arrived_s: float = field(default_factory=time.perf_counter)
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    kv_bytes: int = 0
+    kv_bytes_peak: int = 0
+    preemptions: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)

@@ -1,0 +1,433 @@
+"""The public API: `LLM` for scripts, `AsyncLLM` for servers; thin shells around `Engine`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from tamis.engine.engine import Engine
+from tamis.engine.outputs import Increment, RequestOutput
+from tamis.engine.scheduler import Preemption
+from tamis.errors import ConfigError, RequestError
+from tamis.model import Model, load_model
+from tamis.plan import Plan
+from tamis.platform import available_memory, format_bytes, parse_bytes
+from tamis.sampling import SamplingParams
+
+Prompt = str | Seq[int]
+
+_log = logging.getLogger(__name__)
+
+
+class LLM:
+    """A model, its KV memory, and an engine that runs any number of requests over them.
+
+    Args:
+        model: a directory in 🤗 format, a hub name, or an already loaded `Model`.
+        plan: the plan of requests that bring none.
+        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is bfloat16 where the hardware
+            multiplies it, else float32.
+        device: "auto", "cpu" or "cuda".
+        kv_memory: memory for KV pages, such as "4GiB", or bytes.
+        max_batch_tokens: the most tokens of one step; long prompts are computed in chunks of it.
+        page_size: tokens per page of one KV head.
+        max_running: the most sequences that run at once.
+        preemption: what becomes of a request's pages when they are needed by an older request:
+            "recompute" (forget them) or "swap" (move them to host memory).
+        swap_memory: host memory for "swap"; by default as much as `kv_memory`.
+        trust_remote_code: whether a model directory may bring its own code.
+
+    Raises:
+        ConfigError: a setting is wrong. ModelError: the model cannot be loaded.
+        UnsupportedModelError: its architecture cannot run. PlanError: the plan is wrong.
+        KVMemoryError: `kv_memory` is too small to hold anything.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        plan: str | Plan = "dense",
+        dtype: str = "auto",
+        device: str = "auto",
+        kv_memory: str | int = "4GiB",
+        max_batch_tokens: int = 2048,
+        page_size: int = 64,
+        max_running: int = 256,
+        preemption: Preemption = "recompute",
+        swap_memory: str | int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.plan = Plan.parse(plan)
+        kv_bytes = parse_bytes(kv_memory)
+        swap_bytes = 0
+        if preemption == "swap":
+            swap_bytes = kv_bytes if swap_memory is None else parse_bytes(swap_memory)
+        if not isinstance(model, Model):
+            model = load_model(
+                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+        self.model = model
+        free = available_memory(model.device)
+        if kv_bytes > free:
+            raise ConfigError(
+                f"kv_memory of {format_bytes(kv_bytes)} is more than the {format_bytes(free)} "
+                f"that {model.device} has free"
+            )
+        self.engine = Engine(
+            model,
+            kv_bytes=kv_bytes,
+            max_batch_tokens=max_batch_tokens,
+            page_size=page_size,
+            max_running=max_running,
+            preemption=preemption,
+            swap_bytes=swap_bytes,
+        )
+        self._inboxes: dict[str, list[Increment]] = {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's tokenizer knows how to write a conversation."""
+        return bool(getattr(self.model.tokenizer, "chat_template", None))
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text prompt, with the tokenizer's own special tokens.
+
+        Raises:
+            RequestError: the model directory has no tokenizer.
+        """
+        if self.model.tokenizer is None:
+            raise RequestError(
+                "this model directory has no tokenizer; give the prompt as token ids"
+            )
+        return list(self.model.tokenizer(text)["input_ids"])
+
+    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation, ready for the model's answer.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+
+        Raises:
+            RequestError: the tokenizer is missing or has no chat template.
+        """
+        if not self.has_chat_template:
+            raise RequestError("this model has no chat template; give the prompt as plain text")
+        return list(
+            self.model.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        plan: str | Plan | Seq[str | Plan] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Run prompts as one batch to their ends.
+
+        Args:
+            prompts: one text, one list of token ids, or a list of either.
+            params: for all prompts, or one per prompt.
+            plan: for all prompts, or one per prompt; None is the `LLM`'s own.
+            progress: whether to show a progress bar on standard error; None shows one on a
+                terminal.
+
+        Returns:
+            One output per prompt, in order. A request that failed while running has
+            finish_reason "error" and says why in `error`.
+
+        Raises:
+            RequestError, KVMemoryError, PlanError: a prompt cannot be run. Nothing was run then.
+            KeyboardInterrupt: Ctrl-C; the pages of all prompts have been freed.
+        """
+        batch = _as_prompts(prompts)
+        all_params = _per_prompt(params or SamplingParams(), SamplingParams, len(batch), "params")
+        plans = _per_prompt(self.plan if plan is None else plan, (str, Plan), len(batch), "plans")
+        ids: list[str] = []
+        try:
+            for prompt, one, its_plan in zip(batch, all_params, plans, strict=True):
+                ids.append(self._add(prompt, one, Plan.parse(its_plan)))
+            show = sys.stderr.isatty() if progress is None else progress
+            with _Progress(self.engine, ids, show) as bar:
+                return [self._finish(request_id, bar) for request_id in ids]
+        finally:
+            for request_id in ids:
+                self._drop(request_id)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, plan: str | Plan | None = None
+    ) -> Iterator[Increment]:
+        """Run one prompt and yield what each step adds; closing the iterator frees its pages.
+
+        The last increment carries the whole `RequestOutput` in `output`.
+
+        Raises:
+            As `generate`, when the first increment is asked for.
+        """
+        its_plan = self.plan if plan is None else Plan.parse(plan)
+        request_id = self._add(prompt, params or SamplingParams(), its_plan)
+        try:
+            finished = False
+            while not finished:
+                for increment in self._next(request_id):
+                    finished = increment.output is not None
+                    yield increment
+        finally:
+            self._drop(request_id)
+
+    def _add(self, prompt: Prompt, params: SamplingParams, plan: Plan) -> str:
+        tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
+        request_id = self.engine.add_request(tokens, params, plan)
+        self._inboxes[request_id] = []
+        return request_id
+
+    def _drop(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        self._inboxes.pop(request_id, None)
+
+    def _next(self, request_id: str) -> list[Increment]:
+        """The increments of one request since the last call, after a step if there are none yet.
+
+        Steps run for all open requests at once, so what others gain waits in their inboxes.
+        """
+        if not self._inboxes[request_id]:
+            for increment in self.engine.step():
+                if increment.request_id in self._inboxes:
+                    self._inboxes[increment.request_id].append(increment)
+        increments, self._inboxes[request_id] = self._inboxes[request_id], []
+        return increments
+
+    def _finish(self, request_id: str, bar: _Progress) -> RequestOutput:
+        while True:
+            for increment in self._next(request_id):
+                if increment.output is not None:
+                    return increment.output
+            bar.update()
+
+
+class AsyncLLM:
+    """An `LLM` whose engine runs in a thread of its own, for many concurrent callers.
+
+        async with AsyncLLM("path/to/model") as llm:
+            async for increment in llm.generate("Once upon a time"):
+                print(increment.text, end="")
+
+    Args:
+        As `LLM`.
+    """
+
+    def __init__(self, model: str | Path | Model, **settings: Any) -> None:
+        self._llm = LLM(model, **settings)
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, Callable[[Increment], None]] = {}
+        self._names = itertools.count()
+        self._closed = False
+        self._lock = threading.Lock()  # nothing is queued behind the command to close
+        self._thread = threading.Thread(target=self._run, name="tamis-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model(self) -> Model:
+        return self._llm.model
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for reading its counters; only its own thread may call it."""
+        return self._llm.engine
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        plan: str | Plan | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Increment]:
+        """Run one prompt; yields what each step adds, the whole output on the last increment.
+
+        Leaving the iterator early, or cancelling the task that reads it, frees the request's
+        pages before the next step.
+
+        Raises:
+            As `LLM.generate`; RequestError also after `close()`.
+        """
+        loop = asyncio.get_running_loop()
+        tokens = self._llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        its_plan = self._llm.plan if plan is None else Plan.parse(plan)
+        name = f"async-{next(self._names)}" if request_id is None else request_id
+        increments: asyncio.Queue[Increment] = asyncio.Queue()
+
+        def deliver(increment: Increment) -> None:
+            loop.call_soon_threadsafe(increments.put_nowait, increment)
+
+        def add() -> None:
+            self._llm.engine.add_request(tokens, params or SamplingParams(), its_plan, name)
+            self._streams[name] = deliver
+
+        def leave() -> None:
+            if self._streams.get(name) is deliver:  # not somebody else's request of that name
+                self._abort(name)
+
+        try:
+            await asyncio.wrap_future(self._submit(add))
+            while True:
+                increment = await increments.get()
+                yield increment
+                if increment.output is not None:
+                    return
+        finally:
+            with contextlib.suppress(RequestError):  # closed: it was aborted then
+                self._submit(leave)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its reader gets a last increment with finish_reason "abort"."""
+        await asyncio.wrap_future(self._submit(lambda: self._abort(request_id)))
+
+    def close(self) -> None:
+        """Abort all requests and end the engine's thread. Safe to call twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        self._thread.join()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _submit(self, command: Callable[[], None]) -> Future[None]:
+        """Have the engine's thread run `command` between two steps."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                command()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        with self._lock:
+            if self._closed:
+                raise RequestError("this AsyncLLM is closed")
+            self._commands.put(run)
+        return future
+
+    def _run(self) -> None:
+        """The engine's thread: commands first, then a step, until it is closed."""
+        while True:
+            try:
+                command = self._commands.get(block=self._llm.engine.idle)
+            except queue.Empty:
+                self._step()
+                continue
+            if command is None:
+                self._abort_all()
+                return
+            command()
+
+    def _step(self) -> None:
+        try:
+            increments = self._llm.engine.step()
+        except Exception:
+            _log.exception("the engine failed outside the model; every request is aborted")
+            self._abort_all()
+            return
+        for increment in increments:
+            self._deliver(increment)
+
+    def _abort_all(self) -> None:
+        for request_id in list(self._streams):
+            self._abort(request_id)
+
+    def _abort(self, request_id: str) -> None:
+        for increment in self._llm.engine.abort(request_id):
+            self._deliver(increment)
+
+    def _deliver(self, increment: Increment) -> None:
+        deliver = self._streams.get(increment.request_id)
+        if increment.output is not None:
+            self._streams.pop(increment.request_id, None)
+        if deliver is not None:
+            deliver(increment)
+
+
+class _Progress:
+    """Two bars on standard error: prompt tokens computed, tokens generated."""
+
+    def __init__(self, engine: Engine, request_ids: Seq[str], show: bool) -> None:
+        self._stats = engine.stats
+        self._start = (engine.stats.prefill_tokens, engine.stats.decode_tokens)
+        self._bars = Progress(
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not show,
+        )
+        prompt_tokens, new_tokens = engine.expected_tokens(request_ids)
+        self._prefill = self._bars.add_task("prefill", total=prompt_tokens)
+        self._decode = self._bars.add_task("decode", total=new_tokens)
+
+    def update(self) -> None:
+        prefill, decode = self._start
+        self._bars.update(self._prefill, completed=self._stats.prefill_tokens - prefill)
+        self._bars.update(self._decode, completed=self._stats.decode_tokens - decode)
+
+    def __enter__(self) -> _Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+
+def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list of many."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and not isinstance(many[0], str | Seq):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
+
+
+def _per_prompt(value: Any, kinds: Any, n: int, what: str) -> list[Any]:
+    """`value` for each of `n` prompts: repeated where it is one, checked where it is a list."""
+    if isinstance(value, kinds):
+        return [value] * n
+    values = list(value)
+    if len(values) != n:
+        raise RequestError(f"{len(values)} {what} for {n} prompts; give one, or one per prompt")
+    return values
