@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 from tamis.errors import ConfigError, TamisWarning
@@ -125,35 +125,31 @@ def native_module(warn: bool = True) -> ModuleType | None:
         return None
 
 
-def choose_backend(requested: str | None, *tensors: torch.Tensor) -> str:
-    """The backend that runs an operation on `tensors`.
+def native_for(backend: str | None, *tensors: torch.Tensor) -> ModuleType | None:
+    """The extension where an operation on `tensors` is to run in it, None where in plain torch.
 
     Args:
-        requested: "reference", "native", or None for the environment's TAMIS_BACKEND if set, else
-            the fastest: native where the extension is installed and every tensor is on the CPU.
+        backend: a name of BACKENDS, or None for the environment's TAMIS_BACKEND if set, else the
+            fastest: native where the extension is installed and every tensor is on the CPU.
         tensors: the operands.
 
-    Returns:
-        A name of BACKENDS.
-
     Raises:
-        ConfigError: the name is unknown, or native was requested where it cannot run.
+        ConfigError: the name is unknown, or it is "native" where that cannot run.
     """
-    asked = requested or os.environ.get("TAMIS_BACKEND")
+    asked = backend or os.environ.get("TAMIS_BACKEND")
     if asked == "reference":
-        return asked
-    if asked is not None and asked not in BACKENDS:
+        return None
+    if asked and asked not in BACKENDS:
         raise ConfigError(
-            f"unknown attention backend {asked!r} (TAMIS_BACKEND or backend=): "
-            f"use one of {', '.join(BACKENDS)}"
+            f"unknown backend {asked!r} (backend= or TAMIS_BACKEND): use one of "
+            f"{', '.join(BACKENDS)}"
         )
     on_cpu = all(tensor.is_cpu for tensor in tensors)
-    if on_cpu and native_module() is not None:
-        return "native"
-    if asked == "native":
-        where = "the operands are not on the CPU" if not on_cpu else "the extension is missing"
-        raise ConfigError(f"the native backend was requested but {where}; use 'reference' here")
-    return "reference"
+    extension = native_module() if on_cpu else None
+    if asked and extension is None:
+        why = "the extension is not installed" if on_cpu else "the operands are not on the CPU"
+        raise ConfigError(f"the native backend was asked for, but {why}; use 'reference' here")
+    return extension
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

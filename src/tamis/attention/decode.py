@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from tamis.attention import reference
+from tamis.attention import native, reference
 from tamis.attention.checks import check_options, check_paged
 from tamis.cache.format import PagedKV
+from tamis.platform import native_for
 
 
 def decode(
@@ -18,6 +21,7 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query per sequence over that sequence's cached tokens.
 
@@ -35,6 +39,7 @@ def decode(
             all.
         softcap: bound of the scores; None for no bound.
         sinks: one logit per query head that joins the softmax's denominator only, [q_heads].
+        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
 
     Returns:
         `(out, lse)`: out [n, q_heads, v_dim] in q's dtype; lse [n, q_heads], fp32, the natural
@@ -43,6 +48,7 @@ def decode(
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
+        ConfigError: `backend` is unknown or cannot run here.
 
     Example:
         >>> import torch
@@ -59,6 +65,6 @@ def decode(
     """
     check_paged(q, kv)
     check_options(q, positions, window, softcap, sinks)
-    return reference.decode(
-        q, kv, scale=scale, positions=positions, window=window, softcap=softcap, sinks=sinks
-    )
+    extension = native_for(backend, q, kv.data)
+    run = partial(native.decode, extension) if extension is not None else reference.decode
+    return run(q, kv, scale=scale, positions=positions, window=window, softcap=softcap, sinks=sinks)

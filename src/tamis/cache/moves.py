@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
+
 import torch
 
 from tamis.cache.format import PageFormat
+from tamis.platform import native_for
 
 
 def append(
@@ -16,6 +20,8 @@ def append(
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
+    *,
+    backend: str | None = None,
 ) -> None:
     """Write a step's new keys, values and positions of several sequences at one layer.
 
@@ -31,11 +37,29 @@ def append(
         k: new keys in the format's dtype, [tokens, kv_heads, k_dim], last dimension contiguous.
         v: new values, [tokens, kv_heads, v_dim], like `k`.
         positions: absolute positions, int32 [tokens].
+        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
 
     Raises:
         ValueError: shapes or dtypes do not fit together or do not fit the format.
+        ConfigError: `backend` is unknown or cannot run here.
     """
     _check(format, tables, lengths, starts, k, v, positions)
+    extension = native_for(backend, data, k)
+    run = partial(_native, extension) if extension is not None else _reference
+    run(data, format, tables, lengths, starts, k, v, positions)
+
+
+def _reference(
+    data: torch.Tensor,
+    format: PageFormat,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """`append` in plain torch, on any device."""
     counts = starts.diff()
     row = torch.repeat_interleave(torch.arange(len(counts), device=k.device), counts)
     within = torch.arange(len(k), device=k.device) - starts[:-1].long()[row]
@@ -45,6 +69,49 @@ def append(
     format.view(data, "k")[page, slot] = k
     format.view(data, "v")[page, slot] = v
     format.view(data, "position")[page, slot] = positions[:, None, None]
+
+
+def _native(
+    extension: ModuleType,
+    data: torch.Tensor,
+    format: PageFormat,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """`append` by the compiled extension, for tensors on the CPU."""
+    k, v = (new if new.stride(2) == 1 else new.contiguous() for new in (k, v))
+    starts, positions = starts.to(torch.int64).contiguous(), positions.contiguous()
+    item = k.element_size()
+    extension.append(
+        threads=torch.get_num_threads(),
+        data=data.data_ptr(),
+        page_size=format.page_size,
+        tables=tables.data_ptr(),
+        tables_row_stride=tables.stride(0),
+        tables_head_stride=tables.stride(1),
+        lengths=lengths.data_ptr(),
+        lengths_row_stride=lengths.stride(0),
+        lengths_head_stride=lengths.stride(1),
+        starts=starts.data_ptr(),
+        n=lengths.shape[0],
+        kv_heads=lengths.shape[1],
+        k=k.data_ptr(),
+        k_token_stride=k.stride(0) * item,
+        k_head_stride=k.stride(1) * item,
+        k_row_bytes=k.shape[2] * item,
+        k_offset=format.offsets["k"],
+        v=v.data_ptr(),
+        v_token_stride=v.stride(0) * item,
+        v_head_stride=v.stride(1) * item,
+        v_row_bytes=v.shape[2] * item,
+        v_offset=format.offsets["v"],
+        positions=positions.data_ptr(),
+        position_offset=format.offsets["position"],
+    )
 
 
 def _check(

@@ -1,0 +1,212 @@
+// The work of a decode call is cut into chunks of equal length, whatever heads they belong to, so
+// that one long head among short ones leaves no core idle. Each chunk gives a partial attention;
+// the partials of a head are then merged in order. Chunks depend on lengths alone, so the result
+// is the same for any number of threads.
+
+#include "decode.h"
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace tamis {
+namespace {
+
+// Tokens per chunk: small enough to balance, large enough to make merging free.
+constexpr int64_t kChunk = 512;
+
+// Below this many bytes of keys and values waking other threads costs more than they save.
+constexpr int64_t kParallelBytes = 1 << 16;
+
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+AttendRange* attend_range(Isa isa, DType dtype) {
+  switch (isa) {
+#ifdef TAMIS_X86
+    case Isa::avx512_bf16:
+      return attend_range_avx512_bf16(dtype);
+    case Isa::avx512:
+      return attend_range_avx512(dtype);
+    case Isa::avx2:
+      return attend_range_avx2(dtype);
+#endif
+    default:
+      return attend_range_portable(dtype);
+  }
+}
+
+// The visible tokens of one KV head of one row.
+struct Span {
+  Pages pages;
+  int64_t begin, end;
+  int64_t first_chunk;
+
+  int64_t chunks() const { return (end - begin + kChunk - 1) / kChunk; }
+};
+
+// First token of `pages` in [0, end) at position `oldest` or later; positions ascend.
+int64_t first_visible(const Pages& pages, int64_t offset, int64_t end, int64_t oldest,
+                      int64_t window) {
+  const auto visible = [&](int64_t token) {
+    int32_t position;
+    std::memcpy(&position, pages.row(token, offset, sizeof position), sizeof position);
+    return position >= oldest;
+  };
+  int64_t low = 0, high = end;
+  // A head that has dropped nothing sees exactly its last `window` tokens: try that first.
+  const int64_t guess = end - window;
+  if (guess > 0) {
+    if (visible(guess)) {
+      high = guess;
+      if (!visible(guess - 1)) low = guess;
+    } else {
+      low = guess + 1;
+    }
+  }
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (visible(middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+std::vector<Span> visible_spans(const DecodeArgs& a) {
+  std::vector<Span> spans;
+  spans.reserve(a.n * a.kv_heads);
+  int64_t chunks = 0;
+  for (int64_t row = 0; row < a.n; ++row) {
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+      const int32_t* table = a.tables + row * a.tables_row_stride + head * a.tables_head_stride;
+      Span span{{a.data, table, a.page_size}, 0, 0, chunks};
+      span.end = a.lengths[row * a.lengths_row_stride + head * a.lengths_head_stride];
+      if (a.window > 0) {
+        span.begin = first_visible(span.pages, a.position_offset, span.end,
+                                   a.positions[row] - a.window + 1, a.window);
+      }
+      chunks += span.chunks();
+      spans.push_back(span);
+    }
+  }
+  return spans;
+}
+
+// Memory for the partial attentions of `chunks` chunks.
+class Partials {
+ public:
+  Partials(int64_t chunks, int64_t group, int64_t v_dim)
+      : group_(group),
+        width_(padded(v_dim)),
+        floats_(new float[chunks * group * (width_ + 2)]),
+        scalars_(floats_.get() + chunks * group * width_) {}
+
+  Partial of(int64_t chunk) const {
+    float* scalars = scalars_ + chunk * group_ * 2;
+    return {floats_.get() + chunk * group_ * width_, scalars, scalars + group_};
+  }
+
+ private:
+  int64_t group_, width_;
+  std::unique_ptr<float[]> floats_;
+  float* scalars_;
+};
+
+// Merge the partials of one span for query `g` of its group; write out and lse.
+template <class T>
+void finish(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t g,
+            int64_t query, float* sums) {
+  const float sink = a.sinks ? a.sinks[query % a.q_heads] : kNothing;
+  const int64_t last = span.first_chunk + span.chunks();
+  float top = sink;
+  for (int64_t c = span.first_chunk; c < last; ++c) top = std::fmax(top, partials.of(c).top[g]);
+  // With no finite score every weight is 0 for any finite origin, and NaN stays NaN.
+  const float origin = top == kNothing ? 0.0f : top;
+  float denominator = std::exp(sink - origin);
+  std::memset(sums, 0, a.v_dim * sizeof(float));
+  for (int64_t c = span.first_chunk; c < last; ++c) {
+    const Partial partial = partials.of(c);
+    const float weight = std::exp(partial.top[g] - origin);
+    const float* chunk_sums = partial.sums + g * padded(a.v_dim);
+    denominator += weight * partial.denominator[g];
+    for (int64_t d = 0; d < a.v_dim; ++d) sums[d] += weight * chunk_sums[d];
+  }
+  const float share = denominator == 0.0f ? 0.0f : 1.0f / denominator;
+  T* out = static_cast<T*>(a.out) + query * a.v_dim;
+  for (int64_t d = 0; d < a.v_dim; ++d) from_float(sums[d] * share, out + d);
+  a.lse[query] = origin + std::log(denominator);
+}
+
+void finish(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t g,
+            int64_t query, float* sums) {
+  switch (a.dtype) {
+    case DType::fp32:
+      return finish<float>(a, span, partials, g, query, sums);
+    case DType::fp16:
+      return finish<Fp16>(a, span, partials, g, query, sums);
+    case DType::bf16:
+      return finish<Bf16>(a, span, partials, g, query, sums);
+  }
+}
+
+}  // namespace
+
+void decode(const DecodeArgs& a, Isa isa, int threads) {
+  const int64_t group = a.q_heads / a.kv_heads;
+  const std::vector<Span> spans = visible_spans(a);
+  const int64_t heads = static_cast<int64_t>(spans.size());
+
+  std::vector<int64_t> span_of;  // of each chunk
+  int64_t tokens = 0;
+  for (int64_t s = 0; s < heads; ++s) {
+    span_of.insert(span_of.end(), spans[s].chunks(), s);
+    tokens += spans[s].end - spans[s].begin;
+  }
+  const int64_t chunks = static_cast<int64_t>(span_of.size());
+  if (tokens * (a.k_dim + a.v_dim) * size_of(a.dtype) < kParallelBytes) threads = 1;
+
+  const Partials partials(chunks, group, a.v_dim);
+  const int64_t scratch_size = scratch_floats(group, a.k_dim) + padded(a.v_dim);
+  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  AttendRange* const attend = attend_range(isa, a.dtype);
+
+#pragma omp parallel num_threads(threads)
+  {
+    float* const mine = scratch.get() + thread_index() * scratch_size;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Span& span = spans[span_of[c]];
+      const int64_t row = span_of[c] / a.kv_heads, head = span_of[c] % a.kv_heads;
+      const int64_t begin = span.begin + (c - span.first_chunk) * kChunk;
+      const int64_t first_q = row * a.q_row_stride + head * group * a.q_head_stride;
+      attend({span.pages, begin, begin + kChunk < span.end ? begin + kChunk : span.end, a.k_offset,
+              a.v_offset, a.q + first_q * size_of(a.dtype), a.q_head_stride, group, a.k_dim,
+              a.v_dim, a.scale, a.softcap},
+             mine, partials.of(c));
+    }
+    float* const sums = mine + scratch_floats(group, a.k_dim);
+#pragma omp for schedule(static)
+    for (int64_t query = 0; query < a.n * a.q_heads; ++query) {
+      finish(a, spans[query / group], partials, query % group, query, sums);
+    }
+  }
+}
+
+}  // namespace tamis

@@ -1,0 +1,261 @@
+// The decode kernel, written once over an instruction set `Isa` (isa_*.h).
+//
+// One pass over K and V: per block of tokens, scores of all query heads of the group, online
+// softmax, then the weighted sum of values. K and V rows come from memory once and serve the whole
+// group. Everything here is a template on `Isa`, and nothing of the standard library is used, so
+// that translation units of different instruction sets share no function.
+#pragma once
+
+#include "decode.h"
+
+namespace tamis {
+
+template <class Isa, class T>
+class DecodeKernel {
+  using Vec = typename Isa::Vec;
+  using Dot = typename Isa::template Dot<T>;
+  static constexpr int kWidth = Isa::kWidth;
+  static constexpr float kNothing = -__builtin_inff();
+  static constexpr float kLog2E = 1.44269504f;
+
+  const Range& range_;
+  const Partial& partial_;
+  const int64_t k_pad_, v_pad_;
+  float* const scores_;                   // [group, kBlock]
+  typename Dot::Query* const queries_;    // [group, k_pad_]
+  const T* k_rows_[kBlock + kWidth];      // of the block's tokens; the last one is repeated
+  const T* v_rows_[kBlock];
+
+ public:
+  DecodeKernel(const Range& range, float* scratch, const Partial& partial)
+      : range_(range),
+        partial_(partial),
+        k_pad_(padded(range.k_dim)),
+        v_pad_(padded(range.v_dim)),
+        scores_(scratch),
+        queries_(reinterpret_cast<typename Dot::Query*>(scratch + range.group * kBlock)) {}
+
+  void run() {
+    pack_queries();
+    for (int64_t g = 0; g < range_.group; ++g) {
+      partial_.top[g] = kNothing;
+      partial_.denominator[g] = 0.0f;
+    }
+    for (int64_t i = 0; i < range_.group * v_pad_; ++i) partial_.sums[i] = 0.0f;
+    for (int64_t begin = range_.begin; begin < range_.end; begin += kBlock) {
+      const int64_t left = range_.end - begin;
+      const int64_t count = left < kBlock ? left : kBlock;
+      find_rows(begin, count);
+      int64_t g = 0;
+      for (; g + 4 <= range_.group; g += 4) attend_block<4>(g, count);
+      for (; g + 2 <= range_.group; g += 2) attend_block<2>(g, count);
+      for (; g < range_.group; ++g) attend_block<1>(g, count);
+    }
+  }
+
+ private:
+  // Queries as the dot product takes them, each padded with zeros.
+  void pack_queries() {
+    const T* q = static_cast<const T*>(range_.q);
+    for (int64_t g = 0; g < range_.group; ++g) {
+      for (int64_t d = 0; d < k_pad_; ++d) {
+        queries_[g * k_pad_ + d] =
+            d < range_.k_dim ? Dot::query(q[g * range_.q_stride + d]) : typename Dot::Query{};
+      }
+    }
+  }
+
+  void find_rows(int64_t begin, int64_t count) {
+    const int64_t size = range_.pages.page_size;
+    int64_t entry = begin / size, slot = begin % size;
+    for (int64_t i = 0; i < count; ++entry, slot = 0) {
+      const uint8_t* page = range_.pages.data + range_.pages.table[entry] * kUnit;
+      const T* k = reinterpret_cast<const T*>(page + range_.k_offset) + slot * range_.k_dim;
+      const T* v = reinterpret_cast<const T*>(page + range_.v_offset) + slot * range_.v_dim;
+      for (; i < count && slot < size; ++i, ++slot) {
+        k_rows_[i] = k;
+        v_rows_[i] = v;
+        k += range_.k_dim;
+        v += range_.v_dim;
+      }
+    }
+    for (int64_t i = count; i % kWidth; ++i) k_rows_[i] = k_rows_[count - 1];
+  }
+
+  // Queries g..g + N over the block's tokens.
+  template <int N>
+  void attend_block(int64_t g, int64_t count) {
+    score<N>(g, count);
+    float rescale[N];
+    for (int i = 0; i < N; ++i) rescale[i] = soften(g + i, count);
+    int64_t d = 0;
+    for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_values<N, 4>(g, d, count, rescale);
+    for (; d + kWidth <= range_.v_dim; d += kWidth) add_values<N, 1>(g, d, count, rescale);
+    if (d < range_.v_dim) add_last_values<N>(g, d, count, rescale);
+  }
+
+  // Products of N queries with the block's keys: a vector's width of (query, token) pairs at once.
+  template <int N>
+  void score(int64_t g, int64_t count) {
+    constexpr int kTokens = kWidth / N;
+    for (int64_t t = 0; t < count; t += kTokens) {
+      Vec products[kWidth];
+      for (int i = 0; i < kWidth; ++i) products[i] = Isa::set(0.0f);
+      const auto multiply = [&](int64_t d, auto load) {
+        typename Dot::Lanes keys[kTokens];
+        for (int j = 0; j < kTokens; ++j) keys[j] = load(k_rows_[t + j] + d);
+        for (int i = 0; i < N; ++i) {
+          const auto query = Dot::load(queries_ + (g + i) * k_pad_ + d);
+          for (int j = 0; j < kTokens; ++j) {
+            products[i * kTokens + j] = Dot::multiply_add(products[i * kTokens + j], query, keys[j]);
+          }
+        }
+      };
+      int64_t d = 0;
+      for (; d + Dot::kStep <= range_.k_dim; d += Dot::kStep) {
+        multiply(d, [](const T* key) { return Dot::load(key); });
+      }
+      if (const int64_t left = range_.k_dim - d) {
+        multiply(d, [left](const T* key) { return Dot::load(key, left); });
+      }
+      float sums[kWidth];
+      Isa::store(sums, Isa::sums(products));
+      for (int i = 0; i < N; ++i) {
+        for (int j = 0; j < kTokens; ++j) {
+          scores_[(g + i) * kBlock + t + j] = sums[i * kTokens + j];
+        }
+      }
+    }
+  }
+
+  // Turn the products of query `g` into weights exp(score - top), with a new top if there is one.
+  // Returns the factor that takes earlier sums to the new top.
+  float soften(int64_t g, int64_t count) {
+    float* const scores = scores_ + g * kBlock;
+    for (int64_t t = count; t % kWidth; ++t) scores[t] = kNothing;
+    Vec tops = Isa::set(kNothing);
+    for (int64_t t = 0; t < count; t += kWidth) {
+      Vec score = Isa::load(scores + t) * Isa::set(range_.scale);
+      if (range_.softcap > 0.0f) {
+        const Vec cap = Isa::set(range_.softcap);
+        score = cap * tanh(score / cap);
+      }
+      Isa::store(scores + t, score);
+      tops = Isa::max(tops, score);
+    }
+    const float before = partial_.top[g];
+    const float block_top = Isa::max_lane(tops);
+    const float top = block_top > before ? block_top : before;
+    // Where every score is -inf, any finite origin gives the weights 0 that are wanted.
+    const Vec origin = Isa::set(top == kNothing ? 0.0f : top);
+    Vec total = Isa::set(0.0f);
+    for (int64_t t = 0; t < count; t += kWidth) {
+      const Vec weight = exp(Isa::load(scores + t) - origin);
+      Isa::store(scores + t, weight);
+      total = total + weight;
+    }
+    float rescale = 0.0f;
+    if (before != kNothing) rescale = Isa::first_lane(exp(Isa::set(before - top)));
+    partial_.top[g] = top;
+    partial_.denominator[g] = partial_.denominator[g] * rescale + Isa::sum_lanes(total);
+    return rescale;
+  }
+
+  // sums = sums rescale + weights V for N queries and D vectors of the values' dimensions.
+  template <int N, int D>
+  void add_values(int64_t g, int64_t d, int64_t count, const float* rescale) {
+    add<N, D>(g, d, count, rescale, [d](const T* row, int i) {
+      return Isa::load(row + d + i * kWidth);
+    });
+  }
+
+  // The same for dimensions from `d` that are less than a vector.
+  template <int N>
+  void add_last_values(int64_t g, int64_t d, int64_t count, const float* rescale) {
+    const int64_t left = range_.v_dim - d;
+    add<N, 1>(g, d, count, rescale, [d, left](const T* row, int) {
+      return Isa::load(row + d, left);
+    });
+  }
+
+  template <int N, int D, class Load>
+  void add(int64_t g, int64_t d, int64_t count, const float* rescale, Load load) {
+    float* const sums = partial_.sums + g * v_pad_ + d;
+    Vec total[N][D];
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < D; ++i) {
+        total[n][i] = Isa::load(sums + n * v_pad_ + i * kWidth) * Isa::set(rescale[n]);
+      }
+    }
+    const float* const weights = scores_ + g * kBlock;
+    for (int64_t t = 0; t < count; ++t) {
+      Vec values[D];
+      for (int i = 0; i < D; ++i) values[i] = load(v_rows_[t], i);
+      for (int n = 0; n < N; ++n) {
+        const Vec weight = Isa::set(weights[n * kBlock + t]);
+        for (int i = 0; i < D; ++i) total[n][i] = Isa::fma(weight, values[i], total[n][i]);
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < D; ++i) Isa::store(sums + n * v_pad_ + i * kWidth, total[n][i]);
+    }
+  }
+
+  // exp(x), exactly 0 below -87.3 and NaN for NaN: 2^n times the Taylor polynomial of 2^f, where
+  // n + f = x log2(e), n is whole and |f| <= 1/2.
+  static Vec exp(Vec x) {
+    const Vec y = Isa::max(Isa::set(-126.0f), Isa::min(Isa::set(126.0f), x * Isa::set(kLog2E)));
+    const Vec n = Isa::round(y);
+    const Vec f = y - n;
+    constexpr float kTaylor[] = {1.52527338e-5f, 1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f,
+                                 5.55041087e-2f, 0.240226507f,   0.693147181f,   1.0f};
+    Vec p = Isa::set(kTaylor[0]);
+    for (int i = 1; i < 8; ++i) p = Isa::fma(p, f, Isa::set(kTaylor[i]));
+    return Isa::zero_below(Isa::scale(p, n), x, -87.3f);
+  }
+
+  static Vec tanh(Vec x) {
+    const Vec one = Isa::set(1.0f);
+    return one - (one + one) / (exp(x + x) + one);
+  }
+};
+
+// The kernel for `dtype`.
+template <class Isa>
+AttendRange* attend_range_for(DType dtype) {
+  switch (dtype) {
+    case DType::fp32:
+      return [](const Range& r, float* s, const Partial& p) {
+        DecodeKernel<Isa, float>(r, s, p).run();
+      };
+    case DType::fp16:
+      return [](const Range& r, float* s, const Partial& p) {
+        DecodeKernel<Isa, Fp16>(r, s, p).run();
+      };
+    default:
+      return [](const Range& r, float* s, const Partial& p) {
+        DecodeKernel<Isa, Bf16>(r, s, p).run();
+      };
+  }
+}
+
+// The dot product of keys with queries kept in fp32, for any element type.
+template <class Isa, class T>
+struct FloatDot {
+  using Query = float;
+  using Lanes = typename Isa::Vec;
+  static constexpr int64_t kStep = Isa::kWidth;
+
+  static Query query(T value) { return to_float(value); }
+  static Lanes load(const float* query) { return Isa::load(query); }
+  template <class Key>
+  static Lanes load(const Key* key) {
+    return Isa::load(key);
+  }
+  static Lanes load(const T* key, int64_t count) { return Isa::load(key, count); }
+  static typename Isa::Vec multiply_add(typename Isa::Vec sum, Lanes query, Lanes key) {
+    return Isa::fma(query, key, sum);
+  }
+};
+
+}  // namespace tamis

@@ -1,0 +1,77 @@
+// Vectors of 16 floats with AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "decode_kernel.h"
+
+namespace tamis {
+
+struct Avx512 {
+  static constexpr int kWidth = 16;
+  using Vec = __m512;
+
+  template <class T>
+  using Dot = FloatDot<Avx512, T>;
+
+  static Vec set(float x) { return _mm512_set1_ps(x); }
+  static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  static Vec load(const Bf16* from) { return widen(load_halves(from), Bf16{}); }
+  static Vec load(const Fp16* from) { return widen(load_halves(from), Fp16{}); }
+  static Vec load(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(first(count), from);
+  }
+  template <class Half>
+  static Vec load(const Half* from, int64_t count) {
+    return widen(_mm256_maskz_loadu_epi16(first(count), from), Half{});
+  }
+  static void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  // The second operand where either is NaN.
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+  static Vec round(Vec v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // x 2^n for whole n in [-126, 126].
+  static Vec scale(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+  // Zero where `x` is less than `limit`, else `v`.
+  static Vec zero_below(Vec v, Vec x, float limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set(limit), _CMP_NLT_UQ), v);
+  }
+  static float first_lane(Vec v) { return _mm512_cvtss_f32(v); }
+  static float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
+  static float max_lane(Vec v) { return _mm512_reduce_max_ps(v); }
+  // Lane i is the sum of the lanes of v[i].
+  static Vec sums(const Vec* v) {
+    const Vec low = add_quarters(sums_of_four(v), sums_of_four(v + 4));
+    const Vec high = add_quarters(sums_of_four(v + 8), sums_of_four(v + 12));
+    return add_quarters(low, high);
+  }
+
+ private:
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static __m256i load_halves(const void* from) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  }
+  static Vec widen(__m256i halves, Bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static Vec widen(__m256i halves, Fp16) { return _mm512_cvtph_ps(halves); }
+  // Per 128-bit quarter: lane i is the sum of that quarter of v[i].
+  static Vec sums_of_four(const Vec* v) {
+    const __m512d a = _mm512_castps_pd(add_pairs(v[0], v[1]));
+    const __m512d b = _mm512_castps_pd(add_pairs(v[2], v[3]));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  static Vec add_pairs(Vec a, Vec b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  // [a0 + a1, a2 + a3, b0 + b1, b2 + b3] over 128-bit quarters.
+  static Vec add_quarters(Vec a, Vec b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+};
+
+}  // namespace tamis

@@ -1,0 +1,138 @@
+// The Python module tamis._native. Tensors come as addresses and strides, which torch hands out in
+// nanoseconds; tamis.attention.native and tamis.cache.moves check them first.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "append.h"
+#include "cpu.h"
+#include "decode.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tamis {
+namespace {
+
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The instruction set called `name`; the best one for an empty name.
+Isa isa_named(const std::string& name) {
+  if (name.empty()) return best_isa();
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {
+    if (name == kIsaNames[i]) return static_cast<Isa>(i);
+  }
+  throw std::invalid_argument("this machine does not run the instruction set " + name);
+}
+
+void decode_call(const std::string& isa, int threads, int dtype, int64_t n, int64_t q_heads,
+                 int64_t kv_heads, int64_t k_dim, int64_t v_dim, uintptr_t q, int64_t q_row_stride,
+                 int64_t q_head_stride, uintptr_t data, int64_t page_size, int64_t k_offset,
+                 int64_t v_offset, int64_t position_offset, uintptr_t tables,
+                 int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
+                 int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t positions,
+                 int64_t window, float scale, float softcap, uintptr_t sinks, uintptr_t out,
+                 uintptr_t lse) {
+  const DecodeArgs args{static_cast<DType>(dtype),
+                        n,
+                        q_heads,
+                        kv_heads,
+                        k_dim,
+                        v_dim,
+                        at<const uint8_t>(q),
+                        q_row_stride,
+                        q_head_stride,
+                        at<const uint8_t>(data),
+                        page_size,
+                        k_offset,
+                        v_offset,
+                        position_offset,
+                        at<const int32_t>(tables),
+                        tables_row_stride,
+                        tables_head_stride,
+                        at<const int32_t>(lengths),
+                        lengths_row_stride,
+                        lengths_head_stride,
+                        at<const int64_t>(positions),
+                        window,
+                        scale,
+                        softcap,
+                        at<const float>(sinks),
+                        at<void>(out),
+                        at<float>(lse)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  decode(args, chosen, threads);
+}
+
+void append_call(int threads, uintptr_t data, int64_t page_size, uintptr_t tables,
+                 int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
+                 int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t starts,
+                 int64_t n, int64_t kv_heads, uintptr_t k, int64_t k_token_stride,
+                 int64_t k_head_stride, int64_t k_row_bytes, int64_t k_offset, uintptr_t v,
+                 int64_t v_token_stride, int64_t v_head_stride, int64_t v_row_bytes,
+                 int64_t v_offset, uintptr_t positions, int64_t position_offset) {
+  const AppendArgs args{
+      at<uint8_t>(data),
+      page_size,
+      at<const int32_t>(tables),
+      tables_row_stride,
+      tables_head_stride,
+      at<const int32_t>(lengths),
+      lengths_row_stride,
+      lengths_head_stride,
+      at<const int64_t>(starts),
+      n,
+      kv_heads,
+      {at<const uint8_t>(k), k_token_stride, k_head_stride, k_row_bytes, k_offset},
+      {at<const uint8_t>(v), v_token_stride, v_head_stride, v_row_bytes, v_offset},
+      {at<const uint8_t>(positions), sizeof(int32_t), 0, sizeof(int32_t), position_offset}};
+  nb::gil_scoped_release release;
+  append(args, threads);
+}
+
+nb::dict cpu_features_dict() {
+  const CpuFeatures found = cpu_features();
+  nb::dict features;
+  features["avx2"] = found.avx2;
+  features["avx512"] = found.avx512;
+  features["avx512_bf16"] = found.avx512_bf16;
+  features["avx512_vnni"] = found.avx512_vnni;
+  features["amx"] = found.amx;
+  return features;
+}
+
+nb::list isas() {
+  nb::list names;
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) names.append(kIsaNames[i]);
+  return names;
+}
+
+}  // namespace
+}  // namespace tamis
+
+NB_MODULE(_native, m) {
+  m.doc() = "tamis's kernels for the CPU.";
+  m.def("cpu_features", tamis::cpu_features_dict, "Features of the processor, by name.");
+  m.def("isas", tamis::isas, "Instruction sets that this machine runs, the best one last.");
+  m.def("decode", tamis::decode_call, "isa"_a, "threads"_a, "dtype"_a, "n"_a, "q_heads"_a,
+        "kv_heads"_a, "k_dim"_a, "v_dim"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "data"_a,
+        "page_size"_a, "k_offset"_a, "v_offset"_a, "position_offset"_a, "tables"_a,
+        "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
+        "lengths_head_stride"_a, "positions"_a, "window"_a, "scale"_a, "softcap"_a, "sinks"_a,
+        "out"_a, "lse"_a, "Paged decode attention; see decode.h.");
+  m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,
+        "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
+        "lengths_head_stride"_a, "starts"_a, "n"_a, "kv_heads"_a, "k"_a, "k_token_stride"_a,
+        "k_head_stride"_a, "k_row_bytes"_a, "k_offset"_a, "v"_a, "v_token_stride"_a,
+        "v_head_stride"_a, "v_row_bytes"_a, "v_offset"_a, "positions"_a, "position_offset"_a,
+        "Write new tokens to pages; see append.h.");
+}

@@ -1,0 +1,72 @@
+"""Attention by the compiled extension: C++ kernels for the CPU, which release the GIL."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from tamis.cache.format import PagedKV
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def decode(
+    extension: ModuleType,
+    q: torch.Tensor,
+    kv: PagedKV,
+    *,
+    scale: float,
+    positions: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tamis.attention.decode`, whose docstring holds, for tensors on the CPU.
+
+    `extension` is the compiled module; `isa` names the instruction set of the kernel, one of its
+    `isas()`, None for the best. The result does not depend on the number of threads, which is
+    `torch.get_num_threads()`.
+    """
+    n, q_heads, k_dim = q.shape
+    format, tables, lengths = kv.format, kv.tables, kv.lengths
+    v_dim = format.field("v").width
+    out = q.new_empty(n, q_heads, v_dim)
+    lse = q.new_empty(n, q_heads, dtype=torch.float32)
+    # Named here so that converted copies live until the kernel has read them.
+    q = q if q.stride(2) == 1 else q.contiguous()
+    positions = positions.to(torch.int64).contiguous() if positions is not None else None
+    sinks = sinks.float().contiguous() if sinks is not None else None
+    extension.decode(
+        isa=isa or "",
+        threads=torch.get_num_threads(),
+        dtype=_DTYPE_CODES[q.dtype],
+        n=n,
+        q_heads=q_heads,
+        kv_heads=lengths.shape[1],
+        k_dim=k_dim,
+        v_dim=v_dim,
+        q=q.data_ptr(),
+        q_row_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        data=kv.data.data_ptr(),
+        page_size=format.page_size,
+        k_offset=format.offsets["k"],
+        v_offset=format.offsets["v"],
+        position_offset=format.offsets["position"],
+        tables=tables.data_ptr(),
+        tables_row_stride=tables.stride(0),
+        tables_head_stride=tables.stride(1),
+        lengths=lengths.data_ptr(),
+        lengths_row_stride=lengths.stride(0),
+        lengths_head_stride=lengths.stride(1),
+        positions=positions.data_ptr() if positions is not None else 0,
+        window=window or 0,
+        scale=scale,
+        softcap=softcap or 0.0,
+        sinks=sinks.data_ptr() if sinks is not None else 0,
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+    )
+    return out, lse
