@@ -132,7 +132,7 @@ class DecodeKernel {
   // Returns the factor that takes earlier sums to the new top.
   float soften(int64_t g, int64_t count) {
     float* const scores = scores_ + g * kBlock;
-    for (int64_t t = count; t % kWidth; ++t) scores[t] = kNothing;
+    for (int64_t t = count; t % kWidth; ++t) scores[t] = scores[count - 1];
     Vec tops = Isa::set(kNothing);
     for (int64_t t = 0; t < count; t += kWidth) {
       Vec score = Isa::load(scores + t) * Isa::set(range_.scale);
@@ -143,6 +143,7 @@ class DecodeKernel {
       Isa::store(scores + t, score);
       tops = Isa::max(tops, score);
     }
+    for (int64_t t = count; t % kWidth; ++t) scores[t] = kNothing;
     const float before = partial_.top[g];
     const float block_top = Isa::max_lane(tops);
     const float top = block_top > before ? block_top : before;

@@ -64,6 +64,8 @@ def decode(
         (torch.Size([1, 4, 8]), [[5.0, 5.0, 16.0, 16.0]])
     """
     check_paged(q, kv)
+    if q.shape[0] != kv.lengths.shape[0]:
+        raise ValueError(f"{q.shape[0]} queries cannot read {kv.lengths.shape[0]} rows of pages")
     check_options(q, positions, window, softcap, sinks)
     extension = native_for(backend, q, kv.data)
     run = partial(native.decode, extension) if extension is not None else reference.decode

@@ -26,10 +26,10 @@ def decode(
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.decode`, whose docstring holds."""
-    n, q_heads, _ = q.shape
+    n, q_heads, k_dim = q.shape
     kv_heads = kv.lengths.shape[1]
     v_dim = kv.format.field("v").width
-    grouped = q.float().reshape(n, kv_heads, q_heads // kv_heads, -1)
+    grouped = q.float().reshape(n, kv_heads, q_heads // kv_heads, k_dim)
     out = grouped.new_zeros(n, kv_heads, q_heads // kv_heads, v_dim)
     lse = grouped.new_full(out.shape[:-1], -torch.inf)
     for start, stop in tiles(kv):
