@@ -74,6 +74,7 @@ DISTRIBUTIONS = [
     {"top_k": 1},
     {"top_k": 7},
     {"top_k": 100 * VOCAB},
+    {"temperature": 0.5, "top_k": 400},
     {"top_p": 0.01},
     {"top_p": 0.6},
     {"top_p": 0.999},
@@ -142,8 +143,8 @@ def test_frequencies_of_draws_follow_the_distribution(settings):
     expected = hf_probabilities(logits, temperature=0.9, **settings)[0] * n
     one = SamplerState(params)
     counts = Counter()
-    for _ in range(n // 100):  # 100 sequences beside each other, all drawing from one stream
-        counts.update(r.token_id for r in sample(logits.expand(100, vocab), [one] * 100))
+    for _ in range(n // 1000):  # 1000 rows at once, all drawing from one stream
+        counts.update(r.token_id for r in sample(logits.expand(1000, vocab), [one] * 1000))
     observed = torch.tensor([counts[i] for i in range(vocab)], dtype=torch.float32)
     possible = expected > 0
     assert observed[~possible].sum() == 0
@@ -195,14 +196,15 @@ def test_branches_of_an_unseeded_request_draw_differently():
 
 
 def test_a_branch_counts_its_own_tokens_from_the_common_past_on():
-    trunk = state(frequency_penalty=1.0, min_tokens=5, output_ids=[1, 1, 2])
+    trunk = state(frequency_penalty=1.0, output_ids=[1, 1, 2])
     branch = trunk.fork(1)
-    branch.observe(2)
-    branch.observe(3)
+    for token_id in (2, 3, 4):
+        branch.observe(token_id)
+    trunk.observe(4)
     zeros = torch.zeros(5)
-    assert adjusted(zeros, trunk).tolist() == [0, -2, -1, 0, 0]
-    assert adjusted(zeros, branch).tolist() == [0, -2, -2, -1, 0]
-    assert (trunk.n_tokens, branch.n_tokens) == (3, 5)
+    assert adjusted(zeros, trunk).tolist() == [0, -2, -1, 0, -1]
+    assert adjusted(zeros, branch).tolist() == [0, -2, -2, -1, -1]
+    assert (trunk.n_tokens, branch.n_tokens) == (4, 6)
 
 
 # A row does not depend on the rows beside it
