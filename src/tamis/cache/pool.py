@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tamis.cache.arena import Arena
 from tamis.cache.format import UNIT, PageFormat
+
+_PIECE_BYTES = 1 << 26
+_PIECE_TOKENS = 1 << 16
 
 IntArray = npt.NDArray[np.int32]
 
@@ -46,10 +52,8 @@ class PagePool:
         self._pages_in_use = 0
         self._pages_peak = 0
         self._views: dict[str, torch.Tensor] = {}
-        n_ids = max(0, (arena.data.numel() - self.page_bytes) // UNIT + 1)
-        self._words = arena.data.view(torch.int64).as_strided(
-            (n_ids, self.page_bytes // 8), (UNIT // 8, 1), 0
-        )
+        self._words = self._indexable(self._page_words())
+        self._rows = [self._indexable(_as_integers(self.view(f.name))) for f in format.fields]
         arena.register(self)
 
     @property
@@ -150,28 +154,48 @@ class PagePool:
             self._views[name] = self.format.view(self.arena.data, name)
         return self._views[name]
 
+    def tokens(self, ids: IntArray, name: str) -> torch.Tensor:
+        """A copy of one field of whole pages, `[n * page_size, width]`, on the device."""
+        index = torch.from_numpy(ids.astype(np.int64)).to(self.arena.data.device)
+        return self.view(name)[index].flatten(0, 1)
+
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """Copy whole pages, byte for byte, to other pages."""
+        self._words[self._index(target)] = self._words[self._index(source)]
+
     def read(self, ids: IntArray) -> torch.Tensor:
-        """A copy of whole pages as opaque words, int64 [n, page_bytes / 8], on the device."""
-        return self._words[self._index(ids)]
+        """A copy of whole pages in host memory, as opaque words, int64 [n, page_bytes / 8]."""
+        words = torch.empty((ids.size, self.page_bytes // 8), dtype=torch.int64)
+        # In pieces: on a device, the whole may not fit beside the arena.
+        for piece in _pieces(ids.size, _PIECE_BYTES // self.page_bytes):
+            words[piece] = torch.as_tensor(self._words[self._index(ids[piece])])
+        return words
 
     def write(self, ids: IntArray, words: torch.Tensor) -> None:
         """Put back what `read` gave, into the pages `ids`."""
-        self._words[self._index(ids)] = words.to(self._words.device)
+        for piece in _pieces(ids.size, _PIECE_BYTES // self.page_bytes):
+            self._words[self._index(ids[piece])] = self._indexable(
+                words[piece].to(self.arena.data.device)
+            )
 
     def move_tokens(
         self, source: tuple[IntArray, IntArray], target: tuple[IntArray, IntArray]
     ) -> None:
         """Copy tokens with all their fields between pages.
 
+        Moves are made in their order, but many at once: a token may lie where an earlier move
+        reads, not where an earlier move writes.
+
         Args:
             source: page ids and rows within the page, int32 [n] each.
-            target: the same, for where they go. All is read before any of it is written, field
-                by field, so the two may overlap.
+            target: the same, for where they go.
         """
-        source_page, source_row, target_page, target_row = map(self._index, source + target)
-        for field in self.format.fields:
-            rows = self.view(field.name)
-            rows[target_page, target_row] = rows[source_page, source_row]
+        n = source[0].size
+        for piece in _pieces(n, _PIECE_TOKENS):
+            source_page, source_row = (self._index(array[piece]) for array in source)
+            target_page, target_row = (self._index(array[piece]) for array in target)
+            for rows in self._rows:
+                rows[target_page, target_row] = rows[source_page, source_row]
 
     def give_back(self) -> None:
         """Return every empty block to the arena."""
@@ -220,5 +244,30 @@ class PagePool:
             raise PageError("a page id that is not in use was given to the pool")
         return slots
 
-    def _index(self, array: IntArray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.arena.data.device)
+    def _page_words(self) -> torch.Tensor:
+        """All possible pages as opaque words, `[page ids, page_bytes / 8]`."""
+        n_ids = max(0, (self.arena.data.numel() - self.page_bytes) // UNIT + 1)
+        return self.arena.data.view(torch.int64).as_strided(
+            (n_ids, self.page_bytes // 8), (UNIT // 8, 1), 0
+        )
+
+    # Pages and tokens are copied by indexing with arrays. On the CPU numpy does that several
+    # times faster than torch, because it copies rows and starts no threads; the syntax is one.
+
+    def _indexable(self, tensor: torch.Tensor) -> Any:
+        return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+    def _index(self, array: IntArray) -> Any:
+        return self._indexable(torch.from_numpy(array.astype(np.int64)).to(self.arena.data.device))
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as integers of the same size, for numpy, which knows no bfloat16."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
+
+
+def _pieces(n: int, size: int) -> Iterator[slice]:
+    """Cut 0 .. n - 1 into runs of at most `size` (at least 1)."""
+    size = max(1, size)
+    return (slice(start, start + size) for start in range(0, n, size))

@@ -103,7 +103,7 @@ class SequenceCache:
             tails = self.lengths[shared] // self.layout.page_size
             old = self.tables[shared, tails]
             new = ids[rows.size :]
-            self.cache.write(new, formats[shared], self.cache.read(old, formats[shared]))
+            self.cache.copy(old, new, formats[shared])
             self.cache.release(old, formats[shared])
             self.tables[shared, tails] = new
         self._check_tails = False
@@ -225,7 +225,7 @@ class SequenceCache:
         if cache.swap_bytes_in_use + n_bytes > cache.swap_bytes:
             free = cache.swap_bytes - cache.swap_bytes_in_use
             raise OutOfSwap(f"{n_bytes} bytes to swap out, {free} bytes of host memory free")
-        self._swapped = [words.cpu() for words in cache.read(ids, formats)]
+        self._swapped = cache.read(ids, formats)
         cache.swap_bytes_in_use += n_bytes
         cache.release(*self._pages(self.page_counts))
         self.page_counts = used
@@ -263,15 +263,18 @@ class SequenceCache:
         self.lengths[:] = 0
         self._room = 0
 
+    def held_pages(self) -> tuple[IntArray, IntArray]:
+        """Ids of the pages held on the device and their formats, int32 [pages] each."""
+        return self._pages(np.zeros_like(self.page_counts) if self.swapped else self.page_counts)
+
     def contents(self, layer: int, head: int, field: str) -> torch.Tensor:
         """A copy of one field of a head's cached tokens, [length, width], on the device."""
         self._require_resident()
         row = self.layout.rows(layer).start + head
         pool = self.cache.pools[self.layout.layer_formats[layer]]
         length = int(self.lengths[row])
-        ids = torch.from_numpy(self.tables[row, : self.layout.formats[0].pages_for(length)])
-        pages = pool.view(field)[ids.long().to(self.cache.arena.data.device)]
-        return pages.flatten(0, 1)[:length]
+        ids = self.tables[row, : pool.format.pages_for(length)]
+        return pool.tokens(ids, field)[:length]
 
     def positions(self, layer: int, head: int) -> IntArray:
         """Absolute positions of a head's cached tokens, ascending, int32 [length]."""
