@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
-
 from tests import tiny_models
+from transformers import PreTrainedModel
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         attention_multiplier=0.2,
         embedding_multiplier=2.0,
         residual_multiplier=0.5,
-        logits_scaling=0.5,
+        logits_scaling=1.5,
     ),
     "cohere": lambda: CohereConfig(**GQA, logit_scale=0.5, use_qk_norm=True),
     "stablelm": lambda: StableLmConfig(**GQA, partial_rotary_factor=0.25, use_qkv_bias=True),

@@ -26,7 +26,9 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Transformers' form of a mask: (batch, head, query position, key position) -> visible or not."""
 
 # Arguments that some models send along and that say nothing about the attention itself.
-HARMLESS = frozenset({"dropout", "position_ids", "position_embeddings", "cache_position"})
+HARMLESS = frozenset(
+    {"dropout", "position_ids", "position_embeddings", "cache_position", "logits_to_keep"}
+)
 
 
 class Attend(Protocol):

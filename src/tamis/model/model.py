@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tamis.errors import UnsupportedModelError
 from tamis.model.interface import Attend, NotHandedDownError, PassThroughCache, handed_down
-from tamis.model.probe import LayerSpec, Probe, probe_tokens
+from tamis.model.probe import PROBE_TOKENS, LayerSpec, Probe, check_layers
 from tamis.model.rope import dynamic_modules, lengths_honoured
 
 UNLIMITED = 2**31 - 1
@@ -144,27 +144,32 @@ class Model:
         Raises:
             ValueError: shapes disagree, or `rope_lengths` is missing.
         """
-        return self._run(input_ids, positions, logits_at, rope_lengths, {"attend": attend})
-
-    def _run(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        logits_at: Tensor,
-        rope_lengths: Tensor | None,
-        down: dict[str, Any],
-    ) -> Tensor:
-        """`forward`, with the keyword arguments that go down to the attention function."""
         if input_ids.ndim != 1 or positions.shape != input_ids.shape or logits_at.ndim != 1:
             raise ValueError(
                 "input_ids and positions must be [tokens] and logits_at [m], not "
                 f"{list(input_ids.shape)}, {list(positions.shape)}, {list(logits_at.shape)}"
             )
+        if self.dynamic_rope and (rope_lengths is None or rope_lengths.shape != input_ids.shape):
+            raise ValueError("rope_lengths must be [tokens] for a model with dynamic RoPE")
+        return self._run(input_ids, positions, logits_at, rope_lengths, {"attend": attend})
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        logits_at: Tensor,
+        rope_lengths: Tensor | None,
+        down: dict[str, Any],
+    ) -> Tensor:
+        """`forward`, with the keyword arguments that go down to the attention function.
+
+        Without `positions` the model chooses its own, as for one sequence from its beginning.
+        """
         options: dict[str, Any] = {"logits_to_keep": logits_at} if self._picks_logits else {}
+        if positions is not None:
+            options["position_ids"] = positions.unsqueeze(0)
         with ExitStack() as contexts:
-            if self.dynamic_rope:
-                if rope_lengths is None or rope_lengths.shape != input_ids.shape:
-                    raise ValueError("rope_lengths must be [tokens] for a model with dynamic RoPE")
+            if self._dynamic_modules and rope_lengths is not None:
                 contexts.enter_context(lengths_honoured(self._dynamic_modules, rope_lengths))
             if self._unreached:
                 contexts.enter_context(handed_down(self._unreached, down))
@@ -172,7 +177,6 @@ class Model:
                 options |= down
             logits: Tensor = self.hf(
                 input_ids=input_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
                 past_key_values=PassThroughCache(),
                 use_cache=False,
                 **options,
@@ -184,11 +188,14 @@ class Model:
         """Run a few tokens and record what every layer hands over."""
         try:
             try:
-                probe = self._run_probe()
+                probe = self._run_probe(own_positions=False)
             except NotHandedDownError as error:
                 kind = type(error.module)
                 self._unreached = tuple(m for m in self.hf.modules() if type(m) is kind)
-                probe = self._run_probe()
+                probe = self._run_probe(own_positions=False)
+            check_layers(probe, self.config.num_hidden_layers)
+            if not probe.rotates_like(self._run_probe(own_positions=True)):
+                raise UnsupportedModelError("it does not count positions from 0")
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self._subject} cannot run here: {error}.") from error
         except Exception as error:  # a model that was never meant for this can fail anyhow
@@ -196,24 +203,16 @@ class Model:
                 f"{self._subject} cannot run with its attention handed over: "
                 f"{type(error).__name__}: {error}."
             ) from error
-        n_layers = self.config.num_hidden_layers
-        if not probe.order:
-            raise UnsupportedModelError(
-                f"{self._subject} does not call Transformers' attention interface, so its keys and "
-                "values cannot be paged."
-            )
-        if probe.order != list(range(n_layers)):
-            raise UnsupportedModelError(
-                f"{self._subject} has {n_layers} layers but calls attention for layers "
-                f"{probe.order}; every layer must have its own attention and call it once."
-            )
         return tuple(probe.specs)
 
-    def _run_probe(self) -> Probe:
+    def _run_probe(self, own_positions: bool) -> Probe:
         probe = Probe()
-        ids, positions = probe_tokens(self.vocab_size, self.device)
-        first = torch.zeros_like(ids[:1])
-        self._run(ids, positions, first, positions + 1, {"attend": probe, "probing": True})
+        at = torch.arange(PROBE_TOKENS, device=self.device)
+        positions = None if own_positions else at
+        lengths = torch.full_like(at, PROBE_TOKENS)
+        down = {"attend": probe, "probing": True}
+        ids = self.vocab_size // 2 + at  # ordinary tokens, padding is usually first or last
+        self._run(ids, positions, at[:1], lengths, down)
         return probe
 
     @property

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tamis.errors import UnsupportedModelError
+
+PROBE_TOKENS = 3
+"""How many tokens a probe runs: enough to tell positions apart."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -30,15 +35,20 @@ class LayerSpec:
 
 
 class Probe:
-    """An `Attend` that records every layer's spec.
+    """An `Attend` that records what every layer hands over.
 
-    Its attention is that of sequences of a single token each, which see only themselves: the
-    values come back as they are.
+    In its attention every token sees only itself, so the values come back as they are.
+
+    Attributes:
+        order: the layers in the order in which they called.
+        specs: what each call handed over.
+        rotated: the queries and keys of each call.
     """
 
     def __init__(self) -> None:
         self.order: list[int] = []
         self.specs: list[LayerSpec] = []
+        self.rotated: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
         self,
@@ -53,6 +63,7 @@ class Probe:
         sinks: Tensor | None,
     ) -> Tensor:
         self.order.append(layer)
+        self.rotated.append((q, k))
         self.specs.append(
             LayerSpec(
                 q_heads=q.shape[1],
@@ -67,8 +78,21 @@ class Probe:
         )
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
+    def rotates_like(self, other: Probe) -> bool:
+        """Whether the queries and keys of both are the same, up to rounding."""
+        return all(
+            torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=1e-3)
+            for layer, others in zip(self.rotated, other.rotated, strict=True)
+            for mine, theirs in zip(layer, others, strict=True)
+        )
 
-def probe_tokens(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The probe's batch: ids [3] and positions [3] of three sequences of one token."""
-    ids = torch.arange(3, device=device) % vocab_size
-    return ids, torch.zeros_like(ids)
+
+def check_layers(probe: Probe, n_layers: int) -> None:
+    """Raise UnsupportedModelError unless each of `n_layers` layers called once, in order."""
+    if not probe.order:
+        raise UnsupportedModelError("its code does not use Transformers' attention interface")
+    if probe.order != list(range(n_layers)):
+        raise UnsupportedModelError(
+            f"it has {n_layers} layers but attends in layers {probe.order}, and every layer must "
+            "have its own attention and use it once"
+        )

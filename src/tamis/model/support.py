@@ -44,4 +44,13 @@ def _why_not(config: PreTrainedConfig) -> str | None:
         return "its attention is bidirectional"
     if model_class is None and not hasattr(config, "auto_map"):
         return "Transformers has no causal language model of that type"
+    if model_class is not None and not _uses_attention_interface(model_class):
+        return "its code does not use Transformers' attention interface"
     return None
+
+
+def _uses_attention_interface(model_class: Any) -> bool:
+    """Whether Transformers lets the attention of `model_class` be chosen."""
+    # Transformers has no public question for this; where it is absent the probe will tell.
+    can_set = getattr(model_class, "_can_set_attn_implementation", None)
+    return can_set is None or bool(can_set())
