@@ -385,6 +385,7 @@ class _Progress:
     def __init__(self, engine: Engine, request_ids: Seq[str], show: bool) -> None:
         self._stats = engine.stats
         self._start = (engine.stats.prefill_tokens, engine.stats.decode_tokens)
+        console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description:8}"),
             BarColumn(),
@@ -392,8 +393,8 @@ class _Progress:
             TextColumn("tokens"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
+            console=console,
+            transient=console.is_terminal,  # a log keeps the final state
             disable=not show,
         )
         prompt_tokens, new_tokens = engine.expected_tokens(request_ids)

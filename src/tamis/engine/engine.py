@@ -313,12 +313,12 @@ class Engine:
             top = tuple(sampled.top_logprobs or ())
             logprobs = (TokenLogprob(token, sampled.logprob, top),)
             sequence.logprobs += logprobs
+        ends = sequence.n_output >= params.min_tokens and token in sequence.sampler.stop_ids
         text = ""
-        if sequence.text is not None:
+        if sequence.text is not None and (not ends or params.include_stop):
             text = sequence.text.push(token)
         reason: FinishReason | None = None
-        enough = sequence.n_output >= params.min_tokens
-        if enough and token in sequence.sampler.stop_ids:
+        if ends:
             reason, sequence.stop_reason = "stop", token
         elif sequence.text is not None and sequence.text.stopped:
             reason, sequence.stop_reason = "stop", sequence.text.stop_reason
