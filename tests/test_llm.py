@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tamis import LLM, AsyncLLM, Plan, SamplingParams
 from tamis.errors import KVMemoryError, PlanError, RequestError
 from tests.tiny_models import EOS

@@ -131,13 +131,13 @@ class LLM:
         Raises:
             RequestError: the tokenizer is missing or has no chat template.
         """
-        if not self.has_chat_template:
+        tokenizer = self.model.tokenizer
+        if tokenizer is None or not self.has_chat_template:
             raise RequestError("this model has no chat template; give the prompt as plain text")
-        return list(
-            self.model.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
         )
+        return list(encoded["input_ids"])
 
     def generate(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tamis.model import Model, load_model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tamis import LLM, SamplingParams
 from tamis.engine.outputs import RequestOutput
 from tamis.model import Model

@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from tamis import LLM, SamplingParams
 from tamis.model import Model
 from tests.tiny_models import CONFIGS
-from transformers import PreTrainedModel
 
 NEW_TOKENS = 12
 
@@ -19,7 +20,7 @@ NEW_TOKENS = 12
 def expected(
     tiny_model: Callable[[str], PreTrainedModel], prompts: list[list[int]]
 ) -> Callable[[str], list[tuple[list[int], torch.Tensor]]]:
-    """`expected(name)`: per prompt Transformers' own greedy tokens and the logits they came from."""
+    """`expected(name)`: per prompt Transformers' own greedy tokens and their logits."""
 
     @cache
     def generate(name: str) -> list[tuple[list[int], torch.Tensor]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from tamis import LLM, SamplingParams
 from tamis.engine.engine import Engine
 from tamis.errors import ConfigError, KVMemoryError, RequestError
