@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.model.naive import NaiveAttend
-from tests.tiny_models import CONFIGS, VOCAB, WINDOW
 from torch import Tensor
 
 from tamis.model import LayerSpec, Model, load_model
+from tests.model.naive import NaiveAttend
+from tests.tiny_models import CONFIGS, VOCAB, WINDOW
 
 LENGTHS = (3, 41, 18, 1)
 """One shorter and two longer than the window and one beyond the trained length of scaled RoPE."""

@@ -80,17 +80,21 @@ class Mask:
     def check(self) -> None:
         """Raise UnsupportedModelError unless the rule is causal, within `window` if there is one.
 
-        The rule is evaluated around every multiple of the window up to the third, where a chunked,
-        bidirectional or overlaid mask differs from a sliding one.
+        The rule is evaluated at the first positions, where overlays lie, and around every multiple
+        of the window up to the third, where a chunked rule differs from a sliding one.
         """
         step = self.window or 8
-        near = {max(0, multiple * step + offset) for multiple in range(4) for offset in (-1, 0, 1)}
-        at = torch.tensor(sorted(near))
+        edges = {max(0, multiple * step + offset) for multiple in range(4) for offset in (-1, 0, 1)}
+        at = torch.tensor(sorted(edges | set(range(8))))
         q_at, k_at, zero = at[:, None], at[None, :], torch.zeros(1, 1, dtype=torch.long)
         expected = k_at <= q_at
         if self.window is not None:
             expected &= k_at > q_at - self.window
-        if not torch.equal(self.visible(zero, zero, q_at, k_at).expand_as(expected), expected):
+        try:
+            plain = torch.equal(self.visible(zero, zero, q_at, k_at).expand_as(expected), expected)
+        except IndexError:  # the rule looks the tokens up: it is not one of positions alone
+            plain = False
+        if not plain:
             raise UnsupportedModelError(
                 "it masks attention by another rule than causal or sliding window "
                 "(chunked, bidirectional, or with an overlay)"
