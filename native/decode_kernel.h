@@ -18,13 +18,21 @@ class DecodeKernel {
   static constexpr float kNothing = -__builtin_inff();
   static constexpr float kLog2E = 1.44269504f;
 
+  // Where the keys and values of a block of tokens lie.
+  struct Rows {
+    int64_t count;
+    const T* k[kBlock + kWidth];  // to a whole number of vectors the last one is repeated
+    const T* v[kBlock];
+  };
+
   const Range& range_;
   const Partial& partial_;
   const int64_t k_pad_, v_pad_;
   float* const scores_;                   // [group, kBlock]
   typename Dot::Query* const queries_;    // [group, k_pad_]
-  const T* k_rows_[kBlock + kWidth];      // of the block's tokens; the last one is repeated
-  const T* v_rows_[kBlock];
+  Rows blocks_[2];
+  const Rows* rows_ = &blocks_[0];  // of the block at work
+  const Rows* next_ = &blocks_[1];  // of the block that is prefetched meanwhile
 
  public:
   DecodeKernel(const Range& range, float* scratch, const Partial& partial)
@@ -42,14 +50,20 @@ class DecodeKernel {
       partial_.denominator[g] = 0.0f;
     }
     for (int64_t i = 0; i < range_.group * v_pad_; ++i) partial_.sums[i] = 0.0f;
-    for (int64_t begin = range_.begin; begin < range_.end; begin += kBlock) {
-      const int64_t left = range_.end - begin;
-      const int64_t count = left < kBlock ? left : kBlock;
-      find_rows(begin, count);
+    int64_t ready = 0;  // index of the block at work
+    find_rows(range_.begin, &blocks_[0]);
+    for (int64_t i = 0; i < blocks_[0].count; ++i) {
+      prefetch(blocks_[0].k[i], range_.k_dim);
+      prefetch(blocks_[0].v[i], range_.v_dim);
+    }
+    for (int64_t begin = range_.begin; begin < range_.end; begin += kBlock, ready ^= 1) {
+      rows_ = &blocks_[ready];
+      next_ = &blocks_[ready ^ 1];
+      find_rows(begin + kBlock, &blocks_[ready ^ 1]);
       int64_t g = 0;
-      for (; g + 4 <= range_.group; g += 4) attend_block<4>(g, count);
-      for (; g + 2 <= range_.group; g += 2) attend_block<2>(g, count);
-      for (; g < range_.group; ++g) attend_block<1>(g, count);
+      for (; g + 4 <= range_.group; g += 4) attend_block<4>(g);
+      for (; g + 2 <= range_.group; g += 2) attend_block<2>(g);
+      for (; g < range_.group; ++g) attend_block<1>(g);
     }
   }
 
@@ -65,45 +79,59 @@ class DecodeKernel {
     }
   }
 
-  void find_rows(int64_t begin, int64_t count) {
-    const int64_t size = range_.pages.page_size;
+  // The rows of at most kBlock tokens from `begin`.
+  void find_rows(int64_t begin, Rows* rows) {
+    const int64_t left = range_.end - begin, size = range_.pages.page_size;
+    const int64_t count = left < 0 ? 0 : left < kBlock ? left : kBlock;
     int64_t entry = begin / size, slot = begin % size;
     for (int64_t i = 0; i < count; ++entry, slot = 0) {
       const uint8_t* page = range_.pages.data + range_.pages.table[entry] * kUnit;
       const T* k = reinterpret_cast<const T*>(page + range_.k_offset) + slot * range_.k_dim;
       const T* v = reinterpret_cast<const T*>(page + range_.v_offset) + slot * range_.v_dim;
       for (; i < count && slot < size; ++i, ++slot) {
-        k_rows_[i] = k;
-        v_rows_[i] = v;
+        rows->k[i] = k;
+        rows->v[i] = v;
         k += range_.k_dim;
         v += range_.v_dim;
       }
     }
-    for (int64_t i = count; i % kWidth; ++i) k_rows_[i] = k_rows_[count - 1];
+    for (int64_t i = count; i % kWidth; ++i) rows->k[i] = rows->k[count - 1];
+    rows->count = count;
+  }
+
+  static void prefetch(const T* row, int64_t dim) {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
   }
 
   // Queries g..g + N over the block's tokens.
   template <int N>
-  void attend_block(int64_t g, int64_t count) {
-    score<N>(g, count);
+  void attend_block(int64_t g) {
+    score<N>(g);
     float rescale[N];
-    for (int i = 0; i < N; ++i) rescale[i] = soften(g + i, count);
+    for (int i = 0; i < N; ++i) rescale[i] = soften(g + i);
     int64_t d = 0;
-    for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_values<N, 4>(g, d, count, rescale);
-    for (; d + kWidth <= range_.v_dim; d += kWidth) add_values<N, 1>(g, d, count, rescale);
-    if (d < range_.v_dim) add_last_values<N>(g, d, count, rescale);
+    for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_values<N, 4>(g, d, rescale);
+    for (; d + kWidth <= range_.v_dim; d += kWidth) add_values<N, 1>(g, d, rescale);
+    if (d < range_.v_dim) add_last_values<N>(g, d, rescale);
   }
 
   // Products of N queries with the block's keys: a vector's width of (query, token) pairs at once.
   template <int N>
-  void score(int64_t g, int64_t count) {
+  void score(int64_t g) {
     constexpr int kTokens = kWidth / N;
+    const int64_t count = rows_->count;
     for (int64_t t = 0; t < count; t += kTokens) {
+      if (g == 0) {
+        for (int j = 0; j < kTokens && t + j < next_->count; ++j) {
+          prefetch(next_->k[t + j], range_.k_dim);
+        }
+      }
       Vec products[kWidth];
       for (int i = 0; i < kWidth; ++i) products[i] = Isa::set(0.0f);
       const auto multiply = [&](int64_t d, auto load) {
         typename Dot::Lanes keys[kTokens];
-        for (int j = 0; j < kTokens; ++j) keys[j] = load(k_rows_[t + j] + d);
+        for (int j = 0; j < kTokens; ++j) keys[j] = load(rows_->k[t + j] + d);
         for (int i = 0; i < N; ++i) {
           const auto query = Dot::load(queries_ + (g + i) * k_pad_ + d);
           for (int j = 0; j < kTokens; ++j) {
@@ -130,8 +158,9 @@ class DecodeKernel {
 
   // Turn the products of query `g` into weights exp(score - top), with a new top if there is one.
   // Returns the factor that takes earlier sums to the new top.
-  float soften(int64_t g, int64_t count) {
+  float soften(int64_t g) {
     float* const scores = scores_ + g * kBlock;
+    const int64_t count = rows_->count;
     for (int64_t t = count; t % kWidth; ++t) scores[t] = scores[count - 1];
     Vec tops = Isa::set(kNothing);
     for (int64_t t = 0; t < count; t += kWidth) {
@@ -164,23 +193,23 @@ class DecodeKernel {
 
   // sums = sums rescale + weights V for N queries and D vectors of the values' dimensions.
   template <int N, int D>
-  void add_values(int64_t g, int64_t d, int64_t count, const float* rescale) {
-    add<N, D>(g, d, count, rescale, [d](const T* row, int i) {
+  void add_values(int64_t g, int64_t d, const float* rescale) {
+    add<N, D>(g, d, rescale, [d](const T* row, int i) {
       return Isa::load(row + d + i * kWidth);
     });
   }
 
   // The same for dimensions from `d` that are less than a vector.
   template <int N>
-  void add_last_values(int64_t g, int64_t d, int64_t count, const float* rescale) {
+  void add_last_values(int64_t g, int64_t d, const float* rescale) {
     const int64_t left = range_.v_dim - d;
-    add<N, 1>(g, d, count, rescale, [d, left](const T* row, int) {
+    add<N, 1>(g, d, rescale, [d, left](const T* row, int) {
       return Isa::load(row + d, left);
     });
   }
 
   template <int N, int D, class Load>
-  void add(int64_t g, int64_t d, int64_t count, const float* rescale, Load load) {
+  void add(int64_t g, int64_t d, const float* rescale, Load load) {
     float* const sums = partial_.sums + g * v_pad_ + d;
     Vec total[N][D];
     for (int n = 0; n < N; ++n) {
@@ -189,9 +218,10 @@ class DecodeKernel {
       }
     }
     const float* const weights = scores_ + g * kBlock;
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < rows_->count; ++t) {
+      if (g == 0 && d == 0 && t < next_->count) prefetch(next_->v[t], range_.v_dim);
       Vec values[D];
-      for (int i = 0; i < D; ++i) values[i] = load(v_rows_[t], i);
+      for (int i = 0; i < D; ++i) values[i] = load(rows_->v[t], i);
       for (int n = 0; n < N; ++n) {
         const Vec weight = Isa::set(weights[n * kBlock + t]);
         for (int i = 0; i < D; ++i) total[n][i] = Isa::fma(weight, values[i], total[n][i]);
