@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.attention import naive
 
 from tamis.attention import decode, native, reference
 from tamis.cache.format import PagedKV
 from tamis.errors import ConfigError
 from tamis.platform import native_module
+from tests.attention import naive
 
 Decode = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

@@ -1,0 +1,159 @@
+"""Prefill equals causal attention by its definition, however the sequence is cut into chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tamis.attention import prefill
+from tamis.cache.format import PagedKV
+from tests.attention import naive
+
+
+def expected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: naive.Cached | None,
+    *,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefill by its definition, query by query: fp64 out [tokens, q_heads, v_dim] and lse."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=torch.float64)
+    lse = torch.zeros(q.shape[:2], dtype=torch.float64)
+    for head in range(q.shape[1]):
+        keys, values, at = k[:, head // group], v[:, head // group], positions
+        if past is not None:
+            before = (x[0][head // group] for x in (past.k, past.v, past.positions))
+            keys, values, at = (
+                torch.cat(pair) for pair in zip(before, (keys, values, at), strict=True)
+            )
+        older = len(at) - len(q)
+        for i in range(len(q)):
+            seen = torch.arange(len(at)) <= older + i
+            if window is not None:
+                seen &= at > positions[i] - window
+            sink = sinks[head].item() if sinks is not None else None
+            out[i, head], lse[i, head] = naive.attend(
+                q[i, head], keys[seen], values[seen], scale=scale, softcap=softcap, sink=sink
+            )
+    return out, lse
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    """What describes one prefill call; `build` makes its tensors."""
+    kv_heads = draw(st.integers(1, 3))
+    heads = st.lists(st.integers(0, 90), min_size=kv_heads, max_size=kv_heads)
+    k_dim = draw(st.sampled_from([8, 32, 40, 64, 128]))
+    return {
+        "tokens": draw(st.integers(1, 70)),
+        "past": draw(st.none() | heads),
+        "kv_heads": kv_heads,
+        "group": draw(st.integers(1, 5)),
+        "k_dim": k_dim,
+        "v_dim": draw(st.sampled_from([k_dim, 24, 64])),
+        "dtype": draw(st.sampled_from(list(naive.TOLERANCE))),
+        "page_size": draw(st.sampled_from([1, 16, 64])),
+        "gap": draw(st.sampled_from([1, 3])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "window": draw(st.none() | st.integers(1, 120)),
+        "sinks": draw(st.booleans()),
+        "positions_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def build(case: dict) -> tuple[tuple, dict]:
+    """Positional arguments and options of a case."""
+    torch.manual_seed(case["seed"])
+    tokens, kv_heads, dtype = case["tokens"], case["kv_heads"], case["dtype"]
+    q = torch.randn(tokens, kv_heads * case["group"], case["k_dim"]).to(dtype)
+    # As models hand them over: [kv_heads, tokens, dim] transposed.
+    k = torch.randn(kv_heads, tokens, case["k_dim"]).to(dtype).transpose(0, 1)
+    v = torch.randn(kv_heads, tokens, case["v_dim"]).to(dtype).transpose(0, 1)
+    past, first = None, 0
+    if case["past"] is not None:
+        names = ("page_size", "k_dim", "v_dim", "dtype", "gap")
+        past = naive.cached([case["past"]], **{name: case[name] for name in names})
+        first = max(int(at[-1]) + 1 if len(at) else 0 for at in past.positions[0])
+    options = {
+        "scale": case["k_dim"] ** -0.5,
+        "positions": torch.arange(first, first + tokens, dtype=case["positions_dtype"]),
+        "window": case["window"],
+        "softcap": case["softcap"],
+        "sinks": torch.randn(q.shape[1]) if case["sinks"] else None,
+    }
+    return (q, k, v, past), options
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases())
+def test_equals_the_definition(case: dict) -> None:
+    (q, k, v, past), options = build(case)
+    out, lse = prefill(q, k, v, past.kv if past is not None else None, **options)
+    want_out, want_lse = expected(q, k, v, past, **options)
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    tolerance = naive.TOLERANCE[q.dtype]
+    torch.testing.assert_close(out.double(), want_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 700, 5000])
+def test_tiles_and_chunks_change_nothing(window: int | None) -> None:
+    """A cached head longer than a tile of pages, and a chunk longer than the tiles of queries."""
+    torch.manual_seed(0)
+    sequence = naive.cached([[6000, 6000]], page_size=64, k_dim=16, v_dim=16, dtype=torch.float32)
+    k, v = (torch.stack(tokens[0], 1) for tokens in (sequence.k, sequence.v))
+    q = torch.randn(6000, 4, 16)
+    options = {"scale": 0.5, "window": window}
+    whole = prefill(q, k, v, None, positions=torch.arange(6000), **options)
+    kv, at = sequence.kv, torch.arange(4500, 6000)
+    past = PagedKV(kv.data, kv.format, kv.tables, torch.full_like(kv.lengths, 4500))
+    rest = prefill(q[4500:], k[4500:], v[4500:], past, positions=at, **options)
+    for one, other in zip(whole, rest, strict=True):
+        torch.testing.assert_close(one[4500:], other, atol=1e-5, rtol=1e-5)
+    for i in (4500, 5003, 5999):
+        seen = slice(0 if window is None else max(0, i + 1 - window), i + 1)
+        want, _ = naive.attend(q[i, 3], k[seen, 1], v[seen, 1], scale=0.5)
+        torch.testing.assert_close(rest[0][i - 4500, 3].double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.zeros(4, 2, 8)}, "prefill needs q"),
+        ({"v": torch.zeros(3, 2, 8).half()}, "of one dtype"),
+        ({"q": torch.zeros(3, 5, 8)}, "a multiple of kv_heads"),
+        ({"positions": torch.arange(2)}, r"positions must be int32 or int64 \[3"),
+        ({"window": 0}, "at least 1, got 0"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+        ({"sinks": torch.zeros(2)}, r"sinks must be \[4\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
+    arguments = {
+        "q": torch.zeros(3, 4, 8),
+        "k": torch.zeros(3, 2, 8),
+        "v": torch.zeros(3, 2, 8),
+        "past": None,
+        "scale": 1.0,
+        "positions": torch.arange(3),
+    }
+    with pytest.raises(ValueError, match=message):
+        prefill(**arguments | changes)
+
+
+def test_a_past_of_other_heads_is_refused() -> None:
+    past = naive.cached([[3, 3, 3]], page_size=4, k_dim=8, v_dim=8, dtype=torch.float32)
+    q, k = torch.zeros(3, 6, 8), torch.zeros(3, 2, 8)
+    with pytest.raises(ValueError, match="past must be one row of 2 KV heads"):
+        prefill(q, k, k, past.kv, scale=1.0, positions=torch.arange(3, 6))
