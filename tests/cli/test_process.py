@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from pathlib import Path
 def running(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m tamis` with these arguments, killed if a test leaves it running."""
     command = [sys.executable, "-m", "tamis", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Buffered output, as it is unless someone asks otherwise: what stays in the buffer matters.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         yield process
     finally:
