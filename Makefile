@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-SOURCES := pyproject.toml README.md $(wildcard CMakeLists.txt) \
+SOURCES := pyproject.toml $(wildcard CMakeLists.txt) \
            $(shell find src native -type f -not -name '*.pyc' -not -name '*.so')
 
 .PHONY: demo test lint clean
