@@ -56,7 +56,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "initializer_range": 0.3,
+    "initializer_range": 0.2,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
     "pad_token_id": PAD,

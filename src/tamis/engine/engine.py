@@ -223,8 +223,10 @@ class Engine:
             tokens += sequence.tokens[begin:end]
             positions += range(begin, end)
             if self.model.dynamic_rope:
-                prompt = len(sequence.request.prompt_ids)
-                rope_lengths += (max(position + 1, prompt) for position in range(begin, end))
+                least = len(sequence.request.prompt_ids)
+                if self.model.switch_length is not None:
+                    least = len(sequence.tokens)
+                rope_lengths += (max(position + 1, least) for position in range(begin, end))
             if end == len(sequence.tokens):
                 logits_at.append(len(tokens) - 1)
             if sequence.request.started_s is None:
@@ -326,6 +328,8 @@ class Engine:
             reason = "length"
         if reason is not None:
             return self._finish(sequence, reason, text, (token,), logprobs)
+        if len(sequence.tokens) - 1 == self.model.switch_length:
+            self.scheduler.restart(sequence)
         return Increment(request.id, sequence.index, text, (token,), logprobs)
 
     def _finish(

@@ -75,6 +75,11 @@ class Scheduler:
             sequence.cache.free()
             sequence.cache = None
 
+    def restart(self, sequence: Sequence) -> None:
+        """Free the pages of a running sequence; its tokens are computed again from the first."""
+        self.running.remove(sequence)
+        self._forget(sequence)
+
     def schedule(self) -> tuple[list[Work], list[Sequence]]:
         """Choose the next step's work and reserve its pages.
 
@@ -183,6 +188,10 @@ class Scheduler:
                 sequence.status = Status.SWAPPED
                 insort(self.swapped, sequence, key=_order)
                 return
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        assert sequence.cache is not None
         sequence.cache.free()
         sequence.cache = None
         sequence.n_computed = 0

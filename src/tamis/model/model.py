@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tamis.errors import UnsupportedModelError
 from tamis.model.interface import Attend, NotHandedDownError, PassThroughCache, handed_down
 from tamis.model.probe import PROBE_TOKENS, LayerSpec, Probe, check_layers
-from tamis.model.rope import dynamic_modules, lengths_honoured
+from tamis.model.rope import dynamic_modules, lengths_honoured, switch_length
 
 UNLIMITED = 2**31 - 1
 """The context of a model that states no limit: positions are int32."""
@@ -56,6 +56,12 @@ class Model:
     def dynamic_rope(self) -> bool:
         """Whether RoPE frequencies depend on the sequence's length (see `tamis.model.rope`)."""
         return bool(self._dynamic_modules)
+
+    @cached_property
+    def switch_length(self) -> int | None:
+        """The length beyond which all keys of a growing sequence must be computed again, once;
+        None for nearly every model (see `tamis.model.rope`)."""
+        return switch_length(self.hf, self.config)
 
     @property
     def architecture(self) -> str:

@@ -11,9 +11,9 @@ would have rotated that token's key: the prompt's length for a token of the prom
 plus one for a generated token. `lengths_honoured` has the rotary modules' own code compute each
 group of equal frequencies by itself.
 
-One departure: when a Phi-3 sequence grows past the original length *while generating*,
-`generate` throws its cache away and computes all keys again with the long factors. Here keys keep
-the frequencies they were computed with, as in `generate` with every other `longrope` model.
+When a Phi-3 sequence grows past the original length *while generating*, `generate` throws its
+cache away and computes all keys again with the long factors: `switch_length` says where, and the
+caller must do the same, with every token's length set to the sequence's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 
 def dynamic_modules(model: nn.Module) -> tuple[nn.Module, ...]:
     """The rotary modules of `model` whose frequencies depend on the sequence's length."""
     return tuple(module for module in model.modules() if any(map(_is_dynamic, _types(module))))
+
+
+def switch_length(model: PreTrainedModel, config: PreTrainedConfig) -> int | None:
+    """The length beyond which `generate` computes the keys of a growing sequence again, or None.
+
+    Phi-3 and its relatives do so, in their own `prepare_inputs_for_generation`; every other model
+    with `longrope` keeps the keys that were rotated by the short factors.
+    """
+    own = type(model).prepare_inputs_for_generation
+    if own is GenerationMixin.prepare_inputs_for_generation:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    original = getattr(config, "original_max_position_embeddings", None)
+    return int(original or rope["original_max_position_embeddings"])
 
 
 @contextmanager
@@ -40,7 +57,7 @@ def lengths_honoured(modules: Sequence[nn.Module], lengths: Tensor) -> Iterator[
         modules: what `dynamic_modules` found.
         lengths: int64 [tokens], the sequence length that chooses each token's frequencies.
 
-    The modules are left as they were; the hooks are registered for the context only.
+    The hooks that do it are registered for the context only.
     """
 
     def replace(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -81,12 +98,12 @@ def _rotate_by_length(
 
     rows = tuple(torch.empty_like(part) for part in _parts(output))
     deciding = _deciding(lengths, rope_type, _original_length(module, rope_type, layer_type))
+    # `dynamic` keeps the frequencies of the longest sequence it has seen until a short one comes:
+    # so a sequence of one token first, and then the groups in ascending order of length.
+    rotate(positions.new_zeros(1, 1))
     for length in torch.unique(deciding):
         chosen = (deciding == length).nonzero()[:, 0]
-        # First a sequence of one token, because `dynamic` keeps the frequencies of the longest
-        # sequence it has seen until a short one comes; then the tokens, and after them one more
-        # with the last position of their sequence.
-        rotate(positions.new_zeros(1, 1))
+        # After the group's tokens, one more that has the last position of such a sequence.
         last = (length - 1).to(positions.dtype).view(1, 1)
         group = rotate(torch.cat([positions[:, chosen], last], dim=1))
         for row, part in zip(rows, group, strict=True):
