@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -89,11 +89,23 @@ def test_a_directory_without_a_tokenizer_loads(tmp_path):
     assert load(save("llama", tmp_path, with_tokenizer=False)).tokenizer is None
 
 
-def test_loading_leaves_the_logging_of_transformers_as_it_was(llama, capfd):
+@pytest.fixture
+def talkative() -> Iterator[None]:
+    """Transformers says all it can."""
     before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_info()
+    hf_logging.enable_progress_bar()
+    yield
+    hf_logging.set_verbosity(before[0])
+    if not before[1]:
+        hf_logging.disable_progress_bar()
+
+
+def test_loading_is_silent_and_leaves_logging_as_it_was(llama, talkative, capfd):
     load(llama)
-    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr().err == ""
+    assert hf_logging.get_verbosity() == hf_logging.INFO
+    assert hf_logging.is_progress_bar_enabled()
 
 
 def test_a_missing_directory_is_named(tmp_path):
