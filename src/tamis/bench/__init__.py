@@ -1,0 +1,1 @@
+"""Measuring plans: tasks, a runner, a report."""

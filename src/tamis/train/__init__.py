@@ -1,0 +1,1 @@
+"""Training what ships with the project, and what methods learn."""
