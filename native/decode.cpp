@@ -1,10 +1,12 @@
 // The work of a decode call is cut into chunks of equal length, whatever heads they belong to, so
 // that one long head among short ones leaves no core idle. Each chunk gives a partial attention;
-// the partials of a head are then merged in order. Chunks depend on lengths alone, so the result
-// is the same for any number of threads.
+// whoever computes the last chunk of a head merges the head's partials, in order, so threads wait
+// for each other only at the end. Chunks depend on lengths alone, so the result is the same for
+// any number of threads.
 
 #include "decode.h"
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -131,8 +133,8 @@ class Partials {
 
 // Merge the partials of one span for query `g` of its group; write out and lse.
 template <class T>
-void finish(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t g,
-            int64_t query, float* sums) {
+void merge(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t g,
+           int64_t query, float* sums) {
   const float sink = a.sinks ? a.sinks[query % a.q_heads] : kNothing;
   const int64_t last = span.first_chunk + span.chunks();
   float top = sink;
@@ -154,15 +156,22 @@ void finish(const DecodeArgs& a, const Span& span, const Partials& partials, int
   a.lse[query] = origin + std::log(denominator);
 }
 
-void finish(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t g,
-            int64_t query, float* sums) {
-  switch (a.dtype) {
-    case DType::fp32:
-      return finish<float>(a, span, partials, g, query, sums);
-    case DType::fp16:
-      return finish<Fp16>(a, span, partials, g, query, sums);
-    case DType::bf16:
-      return finish<Bf16>(a, span, partials, g, query, sums);
+// Merge the partials of span `s` for every query of its group.
+void merge_group(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t s,
+                 float* sums) {
+  const int64_t group = a.q_heads / a.kv_heads;
+  for (int64_t g = 0; g < group; ++g) {
+    switch (a.dtype) {
+      case DType::fp32:
+        merge<float>(a, span, partials, g, s * group + g, sums);
+        break;
+      case DType::fp16:
+        merge<Fp16>(a, span, partials, g, s * group + g, sums);
+        break;
+      case DType::bf16:
+        merge<Bf16>(a, span, partials, g, s * group + g, sums);
+        break;
+    }
   }
 }
 
@@ -174,9 +183,11 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
   const int64_t heads = static_cast<int64_t>(spans.size());
 
   std::vector<int64_t> span_of;  // of each chunk
+  std::vector<std::atomic<int64_t>> pending(heads);  // chunks of each span
   int64_t tokens = 0;
   for (int64_t s = 0; s < heads; ++s) {
     span_of.insert(span_of.end(), spans[s].chunks(), s);
+    pending[s].store(spans[s].chunks(), std::memory_order_relaxed);
     tokens += spans[s].end - spans[s].begin;
   }
   const int64_t chunks = static_cast<int64_t>(span_of.size());
@@ -186,25 +197,23 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
   const int64_t scratch_size = scratch_floats(group, a.k_dim) + padded(a.v_dim);
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
   AttendRange* const attend = attend_range(isa, a.dtype);
+  for (int64_t s = 0; s < heads; ++s) {
+    if (spans[s].chunks() == 0) merge_group(a, spans[s], partials, s, scratch.get());
+  }
 
-#pragma omp parallel num_threads(threads)
-  {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t c = 0; c < chunks; ++c) {
     float* const mine = scratch.get() + thread_index() * scratch_size;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-      const Span& span = spans[span_of[c]];
-      const int64_t row = span_of[c] / a.kv_heads, head = span_of[c] % a.kv_heads;
-      const int64_t begin = span.begin + (c - span.first_chunk) * kChunk;
-      const int64_t first_q = row * a.q_row_stride + head * group * a.q_head_stride;
-      attend({span.pages, begin, begin + kChunk < span.end ? begin + kChunk : span.end, a.k_offset,
-              a.v_offset, a.q + first_q * size_of(a.dtype), a.q_head_stride, group, a.k_dim,
-              a.v_dim, a.scale, a.softcap},
-             mine, partials.of(c));
-    }
-    float* const sums = mine + scratch_floats(group, a.k_dim);
-#pragma omp for schedule(static)
-    for (int64_t query = 0; query < a.n * a.q_heads; ++query) {
-      finish(a, spans[query / group], partials, query % group, query, sums);
+    const int64_t s = span_of[c], row = s / a.kv_heads, head = s % a.kv_heads;
+    const Span& span = spans[s];
+    const int64_t begin = span.begin + (c - span.first_chunk) * kChunk;
+    const int64_t end = begin + kChunk < span.end ? begin + kChunk : span.end;
+    const int64_t first_q = row * a.q_row_stride + head * group * a.q_head_stride;
+    attend({span.pages, begin, end, a.k_offset, a.v_offset, a.q + first_q * size_of(a.dtype),
+            a.q_head_stride, group, a.k_dim, a.v_dim, a.scale, a.softcap},
+           mine, partials.of(c));
+    if (pending[s].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      merge_group(a, span, partials, s, mine + scratch_floats(group, a.k_dim));
     }
   }
 }
