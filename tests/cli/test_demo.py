@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.conftest import error_of
 from typer.testing import Result
 
 from tamis import LLM
 from tamis.cli import workload
 from tamis.cli.peer import TransformersPeer
+from tests.cli.conftest import error_of
 
 Tamis = Callable[..., Result]
 

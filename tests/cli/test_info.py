@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.cli.conftest import error_of
 from typer.testing import Result
 
 from tamis import LLM
 from tamis.attention import backends
+from tests.cli.conftest import error_of
 
 Tamis = Callable[..., Result]
 

@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import error_of
 from typer.testing import Result
 
 from tamis import LLM, SamplingParams
 from tamis.cli.run import measurement
 from tamis.engine.outputs import RequestMetrics
+from tests.cli.conftest import error_of
 
 Tamis = Callable[..., Result]
 SETTINGS = ("--dtype", "fp32", "--kv-memory", "16MiB")
@@ -22,26 +22,25 @@ PROMPT = "The sieve keeps what matters."
 
 
 @pytest.fixture(scope="module")
-def llm(llama: Path) -> LLM:
-    return LLM(llama, dtype="fp32", kv_memory="16MiB")
+def llm(endless: Path) -> LLM:
+    return LLM(endless, dtype="fp32", kv_memory="16MiB")
 
 
 def run(tamis: Tamis, model: Path, *options: object, **keywords: str | bytes) -> Result:
     return tamis("run", "--model", model, *SETTINGS, *options, **keywords)
 
 
-def test_stdout_is_the_text_that_the_api_generates(tamis: Tamis, llm: LLM, llama: Path) -> None:
+def test_stdout_is_the_text_that_the_api_generates(tamis: Tamis, llm: LLM, endless: Path) -> None:
     (expected,) = llm.generate(PROMPT, SamplingParams(max_tokens=24))
 
-    result = run(tamis, llama, "--no-chat", "--prompt", PROMPT, "--max-tokens", 24)
+    result = run(tamis, endless, "--prompt", PROMPT, "--max-tokens", 24)
 
     assert result.exit_code == 0
     assert result.stdout == expected.text + "\n"
 
 
-def test_the_prompt_is_wrapped_in_the_models_chat_template(
-    tamis: Tamis, llm: LLM, llama: Path
-) -> None:
+def test_the_prompt_is_wrapped_in_the_models_chat_template(tamis: Tamis, llama: Path) -> None:
+    llm = LLM(llama, dtype="fp32", kv_memory="16MiB")
     tokens = llm.encode_chat([{"role": "user", "content": PROMPT}])
     (expected,) = llm.generate(tokens, SamplingParams(max_tokens=24))
 
@@ -73,24 +72,24 @@ def test_the_question_follows_the_text_wherever_that_comes_from(
     assert from_file.stdout == from_stdin.stdout == from_prompt_stdin.stdout == joined.stdout
 
 
-def test_sampling_options_reach_the_engine(tamis: Tamis, llm: LLM, llama: Path) -> None:
+def test_sampling_options_reach_the_engine(tamis: Tamis, llm: LLM, endless: Path) -> None:
     params = SamplingParams(max_tokens=24, temperature=1.5, top_p=0.95, top_k=50, seed=7)
     (expected,) = llm.generate(PROMPT, params)
     (greedy,) = llm.generate(PROMPT, SamplingParams(max_tokens=24))
     sampling = ("--temperature", 1.5, "--top-p", 0.95, "--top-k", 50, "--seed", 7)
 
-    result = run(tamis, llama, "--no-chat", "--prompt", PROMPT, "--max-tokens", 24, *sampling)
+    result = run(tamis, endless, "--prompt", PROMPT, "--max-tokens", 24, *sampling)
 
     assert result.stdout == expected.text + "\n"
     assert expected.text != greedy.text
 
 
-def test_generation_ends_at_a_stop_text(tamis: Tamis, llm: LLM, llama: Path) -> None:
+def test_generation_ends_at_a_stop_text(tamis: Tamis, llm: LLM, endless: Path) -> None:
     (whole,) = llm.generate(PROMPT, SamplingParams(max_tokens=24))
     stop = whole.text[10:12]
-    options = ("--no-chat", "--prompt", PROMPT, "--max-tokens", 24, "--stop", "never", "--json")
+    options = ("--prompt", PROMPT, "--max-tokens", 24, "--stop", "never", "--json")
 
-    result = run(tamis, llama, *options, "--stop", stop)
+    result = run(tamis, endless, *options, "--stop", stop)
 
     answer = json.loads(result.stdout)
     assert answer["text"] == whole.text[: whole.text.index(stop)]
@@ -98,14 +97,14 @@ def test_generation_ends_at_a_stop_text(tamis: Tamis, llm: LLM, llama: Path) -> 
     assert answer["stop_reason"] == stop
 
 
-def test_one_line_on_stderr_says_what_it_cost(tamis: Tamis, llama: Path) -> None:
-    result = run(tamis, llama, "--no-chat", "--prompt", PROMPT, "--max-tokens", 8)
+def test_one_line_on_stderr_says_what_it_cost(tamis: Tamis, llm: LLM, endless: Path) -> None:
+    result = run(tamis, endless, "--prompt", PROMPT, "--max-tokens", 8)
 
     line = result.stderr.splitlines()[-1]
     assert re.fullmatch(
-        r"30 prompt tokens · first token after \S+ s \([\d,]+ tokens/s\) · "
+        rf"{len(llm.encode(PROMPT))} prompt tokens · first token after \S+ s \([\d,]+ tokens/s\) · "
         r"8 generated at \S+ ms/token \([\d,.]+ tokens/s\) · "
-        r"KV \S+ KiB at its peak, \S+ KiB dense",
+        r"KV \S+ [KM]iB at its peak, \S+ [KM]iB dense",
         line,
     )
 
@@ -130,10 +129,10 @@ def test_the_measurement_leaves_out_what_was_not_measured() -> None:
     )
 
 
-def test_json_is_one_object_with_tokens_and_metrics(tamis: Tamis, llm: LLM, llama: Path) -> None:
+def test_json_is_one_object_with_tokens_and_metrics(tamis: Tamis, llm: LLM, endless: Path) -> None:
     (expected,) = llm.generate(PROMPT, SamplingParams(max_tokens=8))
 
-    result = run(tamis, llama, "--no-chat", "--prompt", PROMPT, "--max-tokens", 8, "--json")
+    result = run(tamis, endless, "--prompt", PROMPT, "--max-tokens", 8, "--json")
 
     answer = json.loads(result.stdout)
     assert set(answer) == {
