@@ -1,0 +1,47 @@
+"""Numbered tokens, so that a test can tell where every cached element came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tamis.cache import BatchView, PagedCache, SequenceCache
+
+
+def keys(serials: Sequence[int], row: int, dim: int) -> torch.Tensor:
+    """The key that token number `serial` has in a row, fp32 [tokens, dim]; exact in fp32."""
+    serial = torch.tensor(serials, dtype=torch.float32).reshape(-1, 1)
+    return (serial * 16 + row) * 16 + torch.arange(dim)
+
+
+def values(serials: Sequence[int], row: int, dim: int) -> torch.Tensor:
+    """The value that token number `serial` has in a row, fp32 [tokens, dim]."""
+    return -keys(serials, row, dim)
+
+
+def append(
+    cache: PagedCache, sequences: Sequence[SequenceCache], serials: Sequence[Sequence[int]]
+) -> None:
+    """Append the numbered tokens to each sequence in one batch; room must be reserved."""
+    counts = [len(new) for new in serials]
+    positions = [
+        torch.arange(sequence.next_position, sequence.next_position + n, dtype=torch.int32)
+        for sequence, n in zip(sequences, counts, strict=True)
+    ]
+    batch = BatchView(cache, sequences, counts, torch.cat(positions))
+    flat = [serial for new in serials for serial in new]
+    for i, layer in enumerate(cache.layout.layers):
+        rows = range(cache.layout.rows(i).start, cache.layout.rows(i).stop)
+        k = torch.stack([keys(flat, row, layer.k_dim) for row in rows], dim=1)
+        v = torch.stack([values(flat, row, layer.v_dim) for row in rows], dim=1)
+        batch.append(i, k, v)
+    for sequence, n in zip(sequences, counts, strict=True):
+        sequence.advance(n)
+
+
+def grow(sequence: SequenceCache, serials: Sequence[int]) -> None:
+    """Reserve room for the numbered tokens, append them, trim."""
+    sequence.reserve(len(serials))
+    append(sequence.cache, [sequence], [serials])
+    sequence.trim()
