@@ -12,9 +12,8 @@
 #include <memory>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "kernels.h"
+#include "threads.h"
 
 namespace tamis {
 namespace {
@@ -26,31 +25,6 @@ constexpr int64_t kChunk = 512;
 constexpr int64_t kParallelBytes = 1 << 16;
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
-int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
-
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-AttendRange* attend_range(Isa isa, DType dtype) {
-  switch (isa) {
-#ifdef TAMIS_X86
-    case Isa::avx512_bf16:
-      return attend_range_avx512_bf16(dtype);
-    case Isa::avx512:
-      return attend_range_avx512(dtype);
-    case Isa::avx2:
-      return attend_range_avx2(dtype);
-#endif
-    default:
-      return attend_range_portable(dtype);
-  }
-}
 
 // The visible tokens of one KV head of one row.
 struct Span {
@@ -196,7 +170,7 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
   const Partials partials(chunks, group, a.v_dim);
   const int64_t scratch_size = scratch_floats(group, a.k_dim) + padded(a.v_dim);
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
-  AttendRange* const attend = attend_range(isa, a.dtype);
+  AttendRange* const attend = kernels(isa).attend_range[static_cast<int>(a.dtype)];
   for (int64_t s = 0; s < heads; ++s) {
     if (spans[s].chunks() == 0) merge_group(a, spans[s], partials, s, scratch.get());
   }

@@ -39,13 +39,8 @@ static constexpr int64_t scratch_floats(int64_t group, int64_t k_dim) {
   return group * (padded(k_dim) + kBlock);
 }
 
+// The kernel: attention over one range.
 using AttendRange = void(const Range& range, float* scratch, const Partial& partial);
-
-// The kernel for an element type, compiled for one instruction set.
-AttendRange* attend_range_portable(DType dtype);
-AttendRange* attend_range_avx2(DType dtype);
-AttendRange* attend_range_avx512(DType dtype);
-AttendRange* attend_range_avx512_bf16(DType dtype);
 
 struct DecodeArgs {
   DType dtype;

@@ -2,21 +2,21 @@
 //
 // One pass over K and V: per block of tokens, scores of all query heads of the group, online
 // softmax, then the weighted sum of values. K and V rows come from memory once and serve the whole
-// group. Everything here is a template on `Isa`, and nothing of the standard library is used, so
-// that translation units of different instruction sets share no function.
+// group.
 #pragma once
 
 #include "decode.h"
+#include "vector_math.h"
 
 namespace tamis {
 
 template <class Isa, class T>
 class DecodeKernel {
   using Vec = typename Isa::Vec;
+  using Math = VectorMath<Isa>;
   using Dot = typename Isa::template Dot<T>;
   static constexpr int kWidth = Isa::kWidth;
   static constexpr float kNothing = -__builtin_inff();
-  static constexpr float kLog2E = 1.44269504f;
 
   // Where the keys and values of a block of tokens lie.
   struct Rows {
@@ -164,11 +164,7 @@ class DecodeKernel {
     for (int64_t t = count; t % kWidth; ++t) scores[t] = scores[count - 1];
     Vec tops = Isa::set(kNothing);
     for (int64_t t = 0; t < count; t += kWidth) {
-      Vec score = Isa::load(scores + t) * Isa::set(range_.scale);
-      if (range_.softcap > 0.0f) {
-        const Vec cap = Isa::set(range_.softcap);
-        score = cap * tanh(score / cap);
-      }
+      const Vec score = Math::score(Isa::load(scores + t), range_.scale, range_.softcap);
       Isa::store(scores + t, score);
       tops = Isa::max(tops, score);
     }
@@ -180,12 +176,12 @@ class DecodeKernel {
     const Vec origin = Isa::set(top == kNothing ? 0.0f : top);
     Vec total = Isa::set(0.0f);
     for (int64_t t = 0; t < count; t += kWidth) {
-      const Vec weight = exp(Isa::load(scores + t) - origin);
+      const Vec weight = Math::exp(Isa::load(scores + t) - origin);
       Isa::store(scores + t, weight);
       total = total + weight;
     }
     float rescale = 0.0f;
-    if (before != kNothing) rescale = Isa::first_lane(exp(Isa::set(before - top)));
+    if (before != kNothing) rescale = Isa::first_lane(Math::exp(Isa::set(before - top)));
     partial_.top[g] = top;
     partial_.denominator[g] = partial_.denominator[g] * rescale + Isa::sum_lanes(total);
     return rescale;
@@ -231,62 +227,11 @@ class DecodeKernel {
       for (int i = 0; i < D; ++i) Isa::store(sums + n * v_pad_ + i * kWidth, total[n][i]);
     }
   }
-
-  // exp(x), exactly 0 below -87.3 and NaN for NaN: 2^n times the Taylor polynomial of 2^f, where
-  // n + f = x log2(e), n is whole and |f| <= 1/2.
-  static Vec exp(Vec x) {
-    const Vec y = Isa::max(Isa::set(-126.0f), Isa::min(Isa::set(126.0f), x * Isa::set(kLog2E)));
-    const Vec n = Isa::round(y);
-    const Vec f = y - n;
-    constexpr float kTaylor[] = {1.52527338e-5f, 1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f,
-                                 5.55041087e-2f, 0.240226507f,   0.693147181f,   1.0f};
-    Vec p = Isa::set(kTaylor[0]);
-    for (int i = 1; i < 8; ++i) p = Isa::fma(p, f, Isa::set(kTaylor[i]));
-    return Isa::zero_below(Isa::scale(p, n), x, -87.3f);
-  }
-
-  static Vec tanh(Vec x) {
-    const Vec one = Isa::set(1.0f);
-    return one - (one + one) / (exp(x + x) + one);
-  }
 };
 
-// The kernel for `dtype`.
-template <class Isa>
-AttendRange* attend_range_for(DType dtype) {
-  switch (dtype) {
-    case DType::fp32:
-      return [](const Range& r, float* s, const Partial& p) {
-        DecodeKernel<Isa, float>(r, s, p).run();
-      };
-    case DType::fp16:
-      return [](const Range& r, float* s, const Partial& p) {
-        DecodeKernel<Isa, Fp16>(r, s, p).run();
-      };
-    default:
-      return [](const Range& r, float* s, const Partial& p) {
-        DecodeKernel<Isa, Bf16>(r, s, p).run();
-      };
-  }
-}
-
-// The dot product of keys with queries kept in fp32, for any element type.
 template <class Isa, class T>
-struct FloatDot {
-  using Query = float;
-  using Lanes = typename Isa::Vec;
-  static constexpr int64_t kStep = Isa::kWidth;
-
-  static Query query(T value) { return to_float(value); }
-  static Lanes load(const float* query) { return Isa::load(query); }
-  template <class Key>
-  static Lanes load(const Key* key) {
-    return Isa::load(key);
-  }
-  static Lanes load(const T* key, int64_t count) { return Isa::load(key, count); }
-  static typename Isa::Vec multiply_add(typename Isa::Vec sum, Lanes query, Lanes key) {
-    return Isa::fma(query, key, sum);
-  }
-};
+void attend_range(const Range& range, float* scratch, const Partial& partial) {
+  DecodeKernel<Isa, T>(range, scratch, partial).run();
+}
 
 }  // namespace tamis

@@ -21,6 +21,9 @@ enum class DType { fp32, fp16, bf16 };
 
 namespace {
 
+// Bytes of one element.
+[[maybe_unused]] inline int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
 [[maybe_unused]] inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -3,16 +3,19 @@
 
 #include <immintrin.h>
 
-#include "decode_kernel.h"
+#include "vector_math.h"
 
 namespace tamis {
 
 struct Avx2 {
   static constexpr int kWidth = 8;
+  static constexpr int kTileVectors = 2;  // columns of a tile of 6 rows that fits registers
   using Vec = __m256;
 
   template <class T>
   using Dot = FloatDot<Avx2, T>;
+  template <class T>
+  using Outer = FloatOuter<Avx2, T>;
 
   static Vec set(float x) { return _mm256_set1_ps(x); }
   static Vec load(const float* from) { return _mm256_loadu_ps(from); }

@@ -3,16 +3,19 @@
 
 #include <immintrin.h>
 
-#include "decode_kernel.h"
+#include "vector_math.h"
 
 namespace tamis {
 
 struct Avx512 {
   static constexpr int kWidth = 16;
+  static constexpr int kTileVectors = 4;  // columns of a tile of 6 rows that fits registers
   using Vec = __m512;
 
   template <class T>
   using Dot = FloatDot<Avx512, T>;
+  template <class T>
+  using Outer = FloatOuter<Avx512, T>;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }
   static Vec load(const float* from) { return _mm512_loadu_ps(from); }

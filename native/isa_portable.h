@@ -1,17 +1,20 @@
 // Vectors of 4 floats in the compiler's own vector type: any processor.
 #pragma once
 
-#include "decode_kernel.h"
+#include "vector_math.h"
 
 namespace tamis {
 
 struct Portable {
   static constexpr int kWidth = 4;
+  static constexpr int kTileVectors = 2;  // columns of a tile of 6 rows that fits registers
   typedef float Vec __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
 
   template <class T>
   using Dot = FloatDot<Portable, T>;
+  template <class T>
+  using Outer = FloatOuter<Portable, T>;
 
   static Vec set(float x) { return Vec{x, x, x, x}; }
   template <class T>

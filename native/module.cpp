@@ -10,6 +10,7 @@
 #include "append.h"
 #include "cpu.h"
 #include "decode.h"
+#include "prefill.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -73,6 +74,45 @@ void decode_call(const std::string& isa, int threads, int dtype, int64_t n, int6
   decode(args, chosen, threads);
 }
 
+void prefill_call(const std::string& isa, int threads, int dtype, int64_t tokens, int64_t q_heads,
+                  int64_t kv_heads, int64_t k_dim, int64_t v_dim, uintptr_t q,
+                  int64_t q_token_stride, int64_t q_head_stride, uintptr_t k,
+                  int64_t k_token_stride, int64_t k_head_stride, uintptr_t v,
+                  int64_t v_token_stride, int64_t v_head_stride, uintptr_t data, int64_t page_size,
+                  int64_t k_offset, int64_t v_offset, int64_t position_offset, uintptr_t tables,
+                  int64_t tables_head_stride, uintptr_t lengths, int64_t lengths_head_stride,
+                  uintptr_t positions, int64_t window, float scale, float softcap, uintptr_t sinks,
+                  uintptr_t out, uintptr_t lse) {
+  const PrefillArgs args{static_cast<DType>(dtype),
+                         tokens,
+                         q_heads,
+                         kv_heads,
+                         k_dim,
+                         v_dim,
+                         {at<const uint8_t>(q), q_token_stride, q_head_stride},
+                         {at<const uint8_t>(k), k_token_stride, k_head_stride},
+                         {at<const uint8_t>(v), v_token_stride, v_head_stride},
+                         at<const uint8_t>(data),
+                         page_size,
+                         k_offset,
+                         v_offset,
+                         position_offset,
+                         at<const int32_t>(tables),
+                         tables_head_stride,
+                         at<const int32_t>(lengths),
+                         lengths_head_stride,
+                         at<const int64_t>(positions),
+                         window,
+                         scale,
+                         softcap,
+                         at<const float>(sinks),
+                         at<void>(out),
+                         at<float>(lse)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  prefill(args, chosen, threads);
+}
+
 void append_call(int threads, uintptr_t data, int64_t page_size, uintptr_t tables,
                  int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
                  int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t starts,
@@ -129,6 +169,13 @@ NB_MODULE(_native, m) {
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
         "lengths_head_stride"_a, "positions"_a, "window"_a, "scale"_a, "softcap"_a, "sinks"_a,
         "out"_a, "lse"_a, "Paged decode attention; see decode.h.");
+  m.def("prefill", tamis::prefill_call, "isa"_a, "threads"_a, "dtype"_a, "tokens"_a, "q_heads"_a,
+        "kv_heads"_a, "k_dim"_a, "v_dim"_a, "q"_a, "q_token_stride"_a, "q_head_stride"_a, "k"_a,
+        "k_token_stride"_a, "k_head_stride"_a, "v"_a, "v_token_stride"_a, "v_head_stride"_a,
+        "data"_a, "page_size"_a, "k_offset"_a, "v_offset"_a, "position_offset"_a, "tables"_a,
+        "tables_head_stride"_a, "lengths"_a, "lengths_head_stride"_a, "positions"_a, "window"_a,
+        "scale"_a, "softcap"_a, "sinks"_a, "out"_a, "lse"_a,
+        "Causal attention of a chunk; see prefill.h.");
   m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
         "lengths_head_stride"_a, "starts"_a, "n"_a, "kv_heads"_a, "k"_a, "k_token_stride"_a,

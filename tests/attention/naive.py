@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from tamis.attention import native, reference
 from tamis.cache.format import PagedKV, PageFormat
+from tamis.platform import native_module
+
+BACKENDS = ["reference", *(native_module(warn=False).isas() if native_module(warn=False) else ())]
+"""The reference, and the native kernels of every instruction set that this machine runs."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """What rounding may cost a result of size 1, by dtype of queries, keys and values."""
+
+
+def implementation(function: str, backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """ "decode" or "prefill" by one of BACKENDS."""
+    if backend == "reference":
+        return getattr(reference, function)
+    return partial(getattr(native, function), native_module(), isa=backend)
 
 
 def attend(

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamis.attention import decode, native, reference
+from tamis.attention import decode
 from tamis.cache.format import PagedKV
 from tamis.errors import ConfigError
-from tamis.platform import native_module
 from tests.attention import naive
 
 Decode = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def implementations() -> Iterator[tuple[str, Decode]]:
-    """The reference, and the native kernel of every instruction set that this machine runs."""
-    yield "reference", reference.decode
-    extension = native_module(warn=False)
-    for isa in extension.isas() if extension is not None else ():
-        yield (
-            isa,
-            lambda q, kv, isa=isa, **options: native.decode(extension, q, kv, isa=isa, **options),
-        )
-
-
-@pytest.fixture(params=list(implementations()), ids=lambda param: param[0], scope="session")
+@pytest.fixture(params=naive.BACKENDS, scope="session")
 def implementation(request: pytest.FixtureRequest) -> Decode:
-    """One way to compute paged decode."""
-    return request.param[1]
+    """Paged decode by one backend and instruction set."""
+    return naive.implementation("decode", request.param)
 
 
 def expected(

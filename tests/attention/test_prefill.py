@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,14 @@ from hypothesis import strategies as st
 from tamis.attention import prefill
 from tamis.cache.format import PagedKV
 from tests.attention import naive
+
+Prefill = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture(params=naive.BACKENDS, scope="session")
+def implementation(request: pytest.FixtureRequest) -> Prefill:
+    """Prefill by one backend and instruction set."""
+    return naive.implementation("prefill", request.param)
 
 
 def expected(
@@ -96,9 +106,9 @@ def build(case: dict) -> tuple[tuple, dict]:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases())
-def test_equals_the_definition(case: dict) -> None:
+def test_equals_the_definition(implementation: Prefill, case: dict) -> None:
     (q, k, v, past), options = build(case)
-    out, lse = prefill(q, k, v, past.kv if past is not None else None, **options)
+    out, lse = implementation(q, k, v, past.kv if past is not None else None, **options)
     want_out, want_lse = expected(q, k, v, past, **options)
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
@@ -108,23 +118,50 @@ def test_equals_the_definition(case: dict) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 700, 5000])
-def test_tiles_and_chunks_change_nothing(window: int | None) -> None:
+def test_tiles_and_chunks_change_nothing(implementation: Prefill, window: int | None) -> None:
     """A cached head longer than a tile of pages, and a chunk longer than the tiles of queries."""
     torch.manual_seed(0)
     sequence = naive.cached([[6000, 6000]], page_size=64, k_dim=16, v_dim=16, dtype=torch.float32)
     k, v = (torch.stack(tokens[0], 1) for tokens in (sequence.k, sequence.v))
     q = torch.randn(6000, 4, 16)
     options = {"scale": 0.5, "window": window}
-    whole = prefill(q, k, v, None, positions=torch.arange(6000), **options)
+    whole = implementation(q, k, v, None, positions=torch.arange(6000), **options)
     kv, at = sequence.kv, torch.arange(4500, 6000)
     past = PagedKV(kv.data, kv.format, kv.tables, torch.full_like(kv.lengths, 4500))
-    rest = prefill(q[4500:], k[4500:], v[4500:], past, positions=at, **options)
+    rest = implementation(q[4500:], k[4500:], v[4500:], past, positions=at, **options)
     for one, other in zip(whole, rest, strict=True):
         torch.testing.assert_close(one[4500:], other, atol=1e-5, rtol=1e-5)
     for i in (4500, 5003, 5999):
         seen = slice(0 if window is None else max(0, i + 1 - window), i + 1)
         want, _ = naive.attend(q[i, 3], k[seen, 1], v[seen, 1], scale=0.5)
         torch.testing.assert_close(rest[0][i - 4500, 3].double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("dtype", naive.TOLERANCE)
+def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    """Another number of threads also makes other tiles of queries."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(300, heads, 40).to(dtype) for heads in (6, 2, 2))
+    options = {"scale": 0.2, "positions": torch.arange(300), "backend": "native"}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = prefill(q, k, v, None, **options)
+        torch.set_num_threads(4)
+        together = prefill(q, k, v, None, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_strided_arguments(implementation: Prefill) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(8, heads, 20).permute(2, 1, 0) for heads in (4, 2, 2))
+    options = {"scale": 0.2, "positions": torch.arange(20)}
+    out, _ = implementation(q, k, v, None, **options)
+    want, _ = implementation(q.contiguous(), k.contiguous(), v.contiguous(), None, **options)
+    torch.testing.assert_close(out, want)
 
 
 @pytest.mark.parametrize(

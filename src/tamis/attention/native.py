@@ -70,3 +70,74 @@ def decode(
         lse=lse.data_ptr(),
     )
     return out, lse
+
+
+def prefill(
+    extension: ModuleType,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: PagedKV | None,
+    *,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tamis.attention.prefill`, whose docstring holds, for tensors on the CPU.
+
+    `extension` and `isa` as in `decode`. The result depends neither on the number of threads nor
+    on how queries are tiled.
+    """
+    tokens, q_heads, k_dim = q.shape
+    kv_heads, v_dim = v.shape[1:]
+    out = q.new_empty(tokens, q_heads, v_dim)
+    lse = q.new_empty(tokens, q_heads, dtype=torch.float32)
+    # Named here so that converted copies live until the kernel has read them.
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    positions = positions.to(torch.int64).contiguous()
+    sinks = sinks.float().contiguous() if sinks is not None else None
+    pages = {"data": 0, "page_size": 1, "k_offset": 0, "v_offset": 0, "position_offset": 0}
+    pages |= {"tables": 0, "tables_head_stride": 0, "lengths": 0, "lengths_head_stride": 0}
+    if past is not None:
+        pages = {
+            "data": past.data.data_ptr(),
+            "page_size": past.format.page_size,
+            "k_offset": past.format.offsets["k"],
+            "v_offset": past.format.offsets["v"],
+            "position_offset": past.format.offsets["position"],
+            "tables": past.tables.data_ptr(),
+            "tables_head_stride": past.tables.stride(1),
+            "lengths": past.lengths.data_ptr(),
+            "lengths_head_stride": past.lengths.stride(1),
+        }
+    extension.prefill(
+        isa=isa or "",
+        threads=torch.get_num_threads(),
+        dtype=_DTYPE_CODES[q.dtype],
+        tokens=tokens,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        k_dim=k_dim,
+        v_dim=v_dim,
+        q=q.data_ptr(),
+        q_token_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        k=k.data_ptr(),
+        k_token_stride=k.stride(0),
+        k_head_stride=k.stride(1),
+        v=v.data_ptr(),
+        v_token_stride=v.stride(0),
+        v_head_stride=v.stride(1),
+        positions=positions.data_ptr(),
+        window=window or 0,
+        scale=scale,
+        softcap=softcap or 0.0,
+        sinks=sinks.data_ptr() if sinks is not None else 0,
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        **pages,
+    )
+    return out, lse

@@ -6,6 +6,9 @@ the tile whatever the context length.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 
 from tamis.attention.merge import merge_sinks, merge_states
@@ -13,6 +16,15 @@ from tamis.cache.format import PagedKV
 
 TILE = 4096
 """Cached tokens of each head that are gathered from pages at once."""
+
+QUERY_TILE = 512
+"""Query tokens of a chunk that attend at once."""
+
+KEY_TILE = 1024
+"""Tokens of a chunk that are attended to at once."""
+
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values [kv_heads, 1, tokens, dim], and which a query sees, as `attend` takes them."""
 
 
 def decode(
@@ -46,6 +58,88 @@ def decode(
     if sinks is not None:
         out, lse = merge_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
+
+
+def prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: PagedKV | None,
+    *,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tamis.attention.prefill`, whose docstring holds."""
+    tokens, q_heads, _ = q.shape
+    out = q.new_empty(tokens, q_heads, v.shape[2])
+    lse = q.new_empty(tokens, q_heads, dtype=torch.float32)
+    for start in range(0, tokens, QUERY_TILE):
+        rows = slice(start, min(start + QUERY_TILE, tokens))
+        out[rows], lse[rows] = _prefill_tile(
+            q, k, v, past, rows, scale, positions, window, softcap, sinks
+        )
+    return out, lse
+
+
+def _prefill_tile(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: PagedKV | None,
+    rows: slice,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out [queries, q_heads, v_dim] and lse, both fp32, of the chunk's queries `rows`."""
+    kv_heads, q_heads = k.shape[1], q.shape[1]
+    grouped = q[rows].float().view(-1, kv_heads, q_heads // kv_heads, q.shape[2])
+    grouped = grouped.permute(1, 2, 0, 3)  # [kv_heads, group, queries, k_dim]
+    at = positions[rows, None]
+    oldest = at - window + 1 if window is not None else None
+    out = grouped.new_zeros(*grouped.shape[:-1], v.shape[2])
+    lse = grouped.new_full(grouped.shape[:-1], -torch.inf)
+    parts = _past_parts(past, oldest) if past is not None else iter(())
+    for keys, values, visible in chain(parts, _own_parts(k, v, positions, at, oldest)):
+        part = attend(grouped, keys.float(), values.float(), visible, scale, softcap)
+        out, lse = merge_states(out, lse, *part)
+    out, lse = out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
+    return (out, lse) if sinks is None else merge_sinks(out, lse, sinks)
+
+
+def _past_parts(past: PagedKV, oldest: torch.Tensor | None) -> Iterator[Part]:
+    """The cached tokens tile by tile, but for tiles that no query sees."""
+    for start, stop in tiles(past):
+        visible = cached(past, start, stop)[0, :, None, None]
+        if oldest is not None:
+            at = gather(past, "position", start, stop)[0, :, None, None, :, 0]
+            visible = visible & (at >= oldest)
+            if not visible.any():
+                continue
+        keys, values = gather_kv(past, start, stop)
+        yield keys[0, :, None], values[0, :, None], visible
+
+
+def _own_parts(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    at: torch.Tensor,
+    oldest: torch.Tensor | None,
+) -> Iterator[Part]:
+    """The chunk's own tokens tile by tile, but for tiles that no query sees."""
+    for start in range(0, len(positions), KEY_TILE):
+        own = slice(start, start + KEY_TILE)
+        visible = positions[own] <= at
+        if oldest is not None:
+            visible &= positions[own] >= oldest
+        if visible.any():
+            yield k[own].transpose(0, 1)[:, None], v[own].transpose(0, 1)[:, None], visible
 
 
 def attend(

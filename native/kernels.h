@@ -1,0 +1,24 @@
+// The kernels that are compiled once per instruction set.
+#pragma once
+
+#include "cpu.h"
+#include "decode.h"
+#include "prefill.h"
+
+namespace tamis {
+
+// By element type: index with static_cast<int>(DType).
+struct Kernels {
+  AttendRange* attend_range[3];
+  PrefillTile* prefill_tile[3];
+};
+
+Kernels kernels_portable();
+Kernels kernels_avx2();
+Kernels kernels_avx512();
+Kernels kernels_avx512_bf16();
+
+// The kernels of `isa`, which this machine must run.
+Kernels kernels(Isa isa);
+
+}  // namespace tamis

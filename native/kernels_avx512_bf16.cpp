@@ -1,0 +1,76 @@
+#include "isa_avx512.h"
+#include "kernels_of.h"
+
+namespace tamis {
+namespace {
+
+using Lanes = __m512bh;  // 16 pairs of bf16
+
+Lanes lanes(__m512i bits) { return reinterpret_cast<Lanes>(bits); }
+
+// Inner products of bf16 with bf16: 32 exact products, added in pairs in fp32.
+struct PairDot {
+  using Query = Bf16;
+  using Lanes = tamis::Lanes;
+  static constexpr int64_t kStep = 32;
+
+  static Query query(Bf16 value) { return value; }
+  static Lanes load(const Bf16* from) { return lanes(_mm512_loadu_si512(from)); }
+  static Lanes load(const Bf16* from, int64_t count) {
+    return lanes(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
+  }
+  static __m512 multiply_add(__m512 sum, Lanes query, Lanes key) {
+    return _mm512_dpbf16_ps(sum, query, key);
+  }
+};
+
+// Products of matrices of bf16, two along the depth per unit (see FloatOuter).
+struct PairOuter {
+  struct Unit {
+    Bf16 first, second;
+  };
+  using Lanes = tamis::Lanes;
+  static constexpr int kPack = 2;
+
+  static Unit pack(const Bf16* elements) { return {elements[0], elements[1]}; }
+  static Lanes broadcast(const Unit* unit) {
+    int32_t bits;
+    __builtin_memcpy(&bits, unit, sizeof bits);
+    return lanes(_mm512_set1_epi32(bits));
+  }
+  static Lanes load(const Unit* units) { return lanes(_mm512_loadu_si512(units)); }
+  static __m512 multiply_add(__m512 sum, Lanes left, Lanes right) {
+    return _mm512_dpbf16_ps(sum, left, right);
+  }
+  static void pack_row(const float* from, int64_t count, Unit* to) {
+    for (int64_t i = 0; i < count; i += 32) {
+      const Lanes rounded =
+          _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
+      __builtin_memcpy(to + i / kPack, &rounded, sizeof rounded);
+    }
+  }
+};
+
+template <class T>
+struct Products {
+  using Dot = FloatDot<Avx512, T>;
+  using Outer = FloatOuter<Avx512, T>;
+};
+template <>
+struct Products<Bf16> {
+  using Dot = PairDot;
+  using Outer = PairOuter;
+};
+
+struct Avx512Bf16 : Avx512 {
+  template <class T>
+  using Dot = typename Products<T>::Dot;
+  template <class T>
+  using Outer = typename Products<T>::Outer;
+};
+
+}  // namespace
+
+Kernels kernels_avx512_bf16() { return kernels_of<Avx512Bf16>(); }
+
+}  // namespace tamis

@@ -1,0 +1,16 @@
+// The table of kernels of one instruction set `Isa` (isa_*.h).
+#pragma once
+
+#include "decode_kernel.h"
+#include "kernels.h"
+#include "prefill_kernel.h"
+
+namespace tamis {
+
+template <class Isa>
+Kernels kernels_of() {
+  return {{attend_range<Isa, float>, attend_range<Isa, Fp16>, attend_range<Isa, Bf16>},
+          {prefill_tile<Isa, float>, prefill_tile<Isa, Fp16>, prefill_tile<Isa, Bf16>}};
+}
+
+}  // namespace tamis

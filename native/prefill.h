@@ -1,0 +1,55 @@
+// Causal attention of a chunk of one sequence over its cached pages and itself.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu.h"
+#include "decode.h"
+#include "element.h"
+#include "pages.h"
+
+namespace tamis {
+
+// Elements [tokens, heads, dim], strides in elements.
+struct Heads {
+  const uint8_t* data;
+  int64_t token_stride, head_stride;
+};
+
+struct PrefillArgs {
+  DType dtype;
+  int64_t tokens, q_heads, kv_heads, k_dim, v_dim;
+  Heads q, k, v;
+  const uint8_t* data;
+  int64_t page_size, k_offset, v_offset, position_offset;
+  const int32_t* tables;  // [kv_heads, max_pages]
+  int64_t tables_head_stride;
+  const int32_t* lengths;  // [kv_heads], or null when nothing precedes the chunk
+  int64_t lengths_head_stride;
+  const int64_t* positions;  // [tokens], ascending
+  int64_t window;            // 0 for none
+  float scale, softcap;      // softcap 0 for none
+  const float* sinks;        // [q_heads], or null
+  void* out;                 // [tokens, q_heads, v_dim], contiguous
+  float* lse;                // [tokens, q_heads]
+};
+
+// Keys that meet a tile of queries at once, and rows of queries that meet a key in registers.
+constexpr int64_t kKeys = 128;
+constexpr int64_t kRows = 6;
+
+// Floats of scratch that a PrefillTile of `rows` (token, query head) pairs needs.
+static constexpr int64_t prefill_scratch_floats(int64_t rows, int64_t k_dim, int64_t v_dim) {
+  const int64_t whole = (rows + kRows - 1) / kRows * kRows;
+  return whole * (padded(k_dim) + padded(v_dim) + 2 * kKeys + 2) +
+         kKeys * (padded(k_dim) + padded(v_dim));
+}
+
+// The kernel: out and lse of the chunk's tokens first..last, for the query heads of one KV head.
+using PrefillTile = void(const PrefillArgs& args, int64_t head, int64_t first, int64_t last,
+                         float* scratch);
+
+// The result depends on neither `threads` nor how tokens are grouped into tiles.
+void prefill(const PrefillArgs& args, Isa isa, int threads);
+
+}  // namespace tamis
