@@ -31,19 +31,21 @@ clean:
 
 # The build tools live in .venv too (hence --no-build-isolation), so CMake's build directory stays
 # valid from one install to the next and only what changed is compiled again.
+INSTALL = @echo "installing tamis into $(VENV) (the first time takes minutes: torch is large)"; \
+          $(PIP) install --no-build-isolation --constraint constraints.txt
+
 $(VENV)/package.stamp: $(VENV)/tools.stamp $(SOURCES)
-	@echo "installing tamis and what it needs into $(VENV) (torch is large: the first time takes minutes)"
-	$(PIP) install --no-build-isolation --constraint constraints.txt .
+	$(INSTALL) .
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/package.stamp
-	$(PIP) install --no-build-isolation --constraint constraints.txt '.[dev]'
-	@touch $@
+$(VENV)/dev.stamp: $(VENV)/tools.stamp $(SOURCES)
+	$(INSTALL) '.[dev]'
+	@touch $(VENV)/package.stamp $@
 
 $(VENV)/tools.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: tamis needs Python 3.11 or newer, and '$(PYTHON)' is" \
-	       "$$($(PYTHON) --version 2>&1 || true);" \
+	       "$$($(PYTHON) --version 2>/dev/null || echo 'not to be found');" \
 	       "name one that is: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt scikit-build-core nanobind cmake ninja
