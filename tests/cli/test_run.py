@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from tamis import LLM, SamplingParams
@@ -184,6 +186,17 @@ def test_a_missing_model_is_named(tamis: Tamis, tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
 
     assert str(missing) in error_of(run(tamis, missing, "--prompt", "x"))
+
+
+def test_a_request_that_fails_on_the_way_says_why(
+    tamis: Tamis, endless: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(endless, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+
+    assert "logits are not finite" in error_of(run(tamis, broken, "--prompt", "x"))
 
 
 def test_kv_memory_that_is_too_small_says_how_much_would_do(tamis: Tamis, llama: Path) -> None:
