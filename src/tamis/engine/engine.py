@@ -13,14 +13,7 @@ import torch
 
 from tamis.cache import BatchView, CacheLayout, LayerShape, PagedCache
 from tamis.engine.attend import StepAttention
-from tamis.engine.outputs import (
-    Completion,
-    FinishReason,
-    Increment,
-    RequestMetrics,
-    RequestOutput,
-    TokenLogprob,
-)
+from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
 from tamis.engine.sampler import Sampled, SamplerState, sample
 from tamis.engine.scheduler import Preemption, Scheduler, Work
 from tamis.engine.sequence import Request, Sequence, Status
@@ -231,19 +224,22 @@ class Engine:
                 logits_at.append(len(tokens) - 1)
             if sequence.request.started_s is None:
                 sequence.request.started_s = now
-        device = self.model.device
+        device = self.cache.arena.data.device
         sequences = [item.sequence for item in work]
         counts = [item.n_tokens for item in work]
         caches = [s.cache for s in sequences if s.cache is not None]
         position = torch.tensor(positions, dtype=torch.int32, device=device)
         view = BatchView(self.cache, caches, counts, position)
-        logits = self.model.forward(
+        attend = StepAttention(view, counts, position)
+        inputs = (
             torch.tensor(tokens, device=device),
             position.long(),
             torch.tensor(logits_at, dtype=torch.long, device=device),
-            StepAttention(view, counts, position),
-            torch.tensor(rope_lengths, device=device) if self.model.dynamic_rope else None,
         )
+        rope = torch.tensor(rope_lengths, device=device) if self.model.dynamic_rope else None
+        began = time.perf_counter()
+        logits = self.model.forward(*inputs, attend, rope)
+        self.stats.forward_s += time.perf_counter() - began
         for sequence, n in work:
             assert sequence.cache is not None
             sequence.cache.advance(n)
@@ -255,7 +251,6 @@ class Engine:
         decoded = counts.count(1)
         self.stats.decode_tokens += decoded
         self.stats.prefill_tokens += len(tokens) - decoded
-        self.stats.forward_s += time.perf_counter() - now
         return logits
 
     def _extend(self, work: list[Work], logits: torch.Tensor) -> list[Increment]:
@@ -352,7 +347,8 @@ class Engine:
         if request.finished:
             del self._requests[request.id]
             self.stats.preemptions += request.preemptions
-            output = self._output(request)
+            longest = len(request.prompt_ids) + max(0, request.n_longest - 1)
+            output = request.output(self.layout.bytes_for(longest))
         return Increment(
             request.id,
             sequence.index,
@@ -425,40 +421,3 @@ class Engine:
         if caches:
             request.kv_bytes = self.cache.distinct_bytes(caches)
             request.kv_bytes_peak = max(request.kv_bytes_peak, request.kv_bytes)
-
-    def _output(self, request: Request) -> RequestOutput:
-        now = time.perf_counter()
-        n_prompt = len(request.prompt_ids)
-        n_output = sum(s.n_output for s in request.sequences)
-        n_longest = max(s.n_output for s in request.sequences)
-        first, last = request.first_token_s, request.last_token_s
-        tpot = None
-        if first is not None and last is not None and n_longest > 1:
-            tpot = (last - first) / (n_longest - 1)
-        started = request.started_s
-        metrics = RequestMetrics(
-            prompt_tokens=n_prompt,
-            output_tokens=n_output,
-            queue_s=None if started is None else started - request.arrived_s,
-            ttft_s=None if first is None else first - request.arrived_s,
-            tpot_s=tpot,
-            total_s=now - request.arrived_s,
-            kv_bytes=request.kv_bytes,
-            kv_bytes_peak=request.kv_bytes_peak,
-            kv_bytes_dense=self.layout.bytes_for(n_prompt + max(0, n_longest - 1)),
-            preemptions=request.preemptions,
-        )
-        wants_logprobs = request.params.logprobs is not None
-        completions = [
-            Completion(
-                s.index,
-                s.text.text if s.text is not None else "",
-                s.output_ids,
-                s.finish_reason or "abort",
-                s.stop_reason,
-                s.logprobs if wants_logprobs else None,
-                s.error,
-            )
-            for s in request.sequences
-        ]
-        return RequestOutput(request.id, list(request.prompt_ids), completions, metrics)

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from tamis.cache import SequenceCache
-from tamis.engine.outputs import FinishReason, TokenLogprob
+from tamis.engine.outputs import (
+    Completion,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprob,
+)
 from tamis.engine.sampler import SamplerState
 from tamis.engine.text import TextStream
 from tamis.plan import Plan
@@ -64,6 +70,18 @@ class Sequence:
     def output_ids(self) -> list[int]:
         return self.tokens[len(self.request.prompt_ids) :]
 
+    def completion(self) -> Completion:
+        """What a finished sequence hands back."""
+        return Completion(
+            self.index,
+            self.text.text if self.text is not None else "",
+            self.output_ids,
+            self.finish_reason or "abort",
+            self.stop_reason,
+            self.logprobs if self.request.params.logprobs is not None else None,
+            self.error,
+        )
+
 
 @dataclass(eq=False)
 class Request:
@@ -92,3 +110,29 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    @property
+    def n_longest(self) -> int:
+        """Output tokens of its longest sequence."""
+        return max(sequence.n_output for sequence in self.sequences)
+
+    def output(self, kv_bytes_dense: int) -> RequestOutput:
+        """What a finished request hands back; `kv_bytes_dense` is what exact attention needs."""
+        first, last = self.first_token_s, self.last_token_s
+        tpot = None
+        if first is not None and last is not None and self.n_longest > 1:
+            tpot = (last - first) / (self.n_longest - 1)
+        metrics = RequestMetrics(
+            prompt_tokens=len(self.prompt_ids),
+            output_tokens=sum(sequence.n_output for sequence in self.sequences),
+            queue_s=None if self.started_s is None else self.started_s - self.arrived_s,
+            ttft_s=None if first is None else first - self.arrived_s,
+            tpot_s=tpot,
+            total_s=time.perf_counter() - self.arrived_s,
+            kv_bytes=self.kv_bytes,
+            kv_bytes_peak=self.kv_bytes_peak,
+            kv_bytes_dense=kv_bytes_dense,
+            preemptions=self.preemptions,
+        )
+        completions = [sequence.completion() for sequence in self.sequences]
+        return RequestOutput(self.id, list(self.prompt_ids), completions, metrics)
