@@ -72,11 +72,12 @@ class Sequence:
 
     def completion(self) -> Completion:
         """What a finished sequence hands back."""
+        assert self.finish_reason is not None
         return Completion(
             self.index,
             self.text.text if self.text is not None else "",
             self.output_ids,
-            self.finish_reason or "abort",
+            self.finish_reason,
             self.stop_reason,
             self.logprobs if self.request.params.logprobs is not None else None,
             self.error,
