@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tamis.cache import BatchView, CacheLayout, LayerShape, PagedCache, PageError
-from tamis.errors import ConfigError
 from tests.cache import tokens
 
 LAYOUT = CacheLayout((LayerShape(2, 8, 8), LayerShape(1, 4, 6, window=5)), 4, torch.float32)
@@ -81,19 +80,3 @@ def test_tokens_without_room_are_refused(cache: PagedCache) -> None:
     sequence.reserve(3)
     with pytest.raises(PageError, match="adds 5 tokens to a sequence with 4 reserved"):
         BatchView(cache, [sequence], [5], torch.arange(5, dtype=torch.int32))
-
-
-def test_totals_and_limits_of_the_cache(cache: PagedCache) -> None:
-    sequence = cache.new_sequence()
-    tokens.grow(sequence, range(10))
-    assert cache.free_bytes == cache.capacity_bytes - sequence.bytes
-    sequence.free()
-    assert cache.free_bytes == cache.capacity_bytes
-    assert cache.bytes_peak == 3 * (2 * 320 + 256)
-    assert cache.fits(200, chunk=8)
-    assert not cache.fits(20_000, chunk=8)
-
-
-def test_a_negative_swap_budget_is_refused() -> None:
-    with pytest.raises(ConfigError, match="swap_bytes is -1"):
-        PagedCache(LAYOUT, 60_000, swap_bytes=-1)

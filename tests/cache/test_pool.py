@@ -94,13 +94,22 @@ def test_freeing_twice_is_detected_and_changes_nothing(pool: PagePool) -> None:
     assert pool.bytes_in_use == 2 * 320
 
 
-@pytest.mark.parametrize("id", [-5, 1, 15, 10_000, 5])
-def test_ids_that_name_no_page_in_use_are_detected(pool: PagePool, id: int) -> None:
-    pool.allocate(1)  # page 0; 5 is a page, but free, 15 lies in the rest of a block
+@pytest.mark.parametrize("id", [-5, 1, 15, 64, 10_000])
+def test_ids_that_name_no_page_are_detected(pool: PagePool, id: int) -> None:
+    pool.allocate(12)  # 0, 5, 10 in the first block; 15 lies in the rest of it, 64 after the last
     wrong = np.array([id], dtype=np.int32)
     for operation in (pool.retain, pool.release, pool.references):
         with pytest.raises(PageError):
             operation(wrong)
+
+
+def test_ids_of_free_pages_are_detected(pool: PagePool) -> None:
+    ids = pool.allocate(2)
+    pool.release(ids[1:])
+    for operation in (pool.retain, pool.release, pool.references):
+        with pytest.raises(PageError):
+            operation(ids)
+    assert pool.references(ids[:1]).tolist() == [1]
 
 
 def test_no_pages_are_an_allocation_too(pool: PagePool) -> None:

@@ -185,6 +185,8 @@ class TestKeep:
         assert serials(branch, 0, 0) == serials(branch, 0, 1) == list(range(18))
         # The first page of head 0 did not change, so it is still shared.
         assert cache.bytes_in_use == branch.bytes + 2 * 320
+        branch.free()
+        assert cache.bytes_in_use == sequence.bytes
 
     def test_copies_of_shared_pages_are_all_or_nothing(self) -> None:
         cache = make_cache(capacity=6_000)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -271,11 +272,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.peak = max(self.peak, self.cache.bytes_in_use)
 
 
-CacheMachine.TestCase.settings = settings(
-    max_examples=100,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-TestCacheMachine = CacheMachine.TestCase
+class TestCacheMachine(CacheMachine.TestCase):
+    settings = settings(
+        max_examples=30,
+        stateful_step_count=30,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.mark.slow
+class TestCacheMachineAtLength(CacheMachine.TestCase):
+    settings = settings(TestCacheMachine.settings, max_examples=100, stateful_step_count=50)

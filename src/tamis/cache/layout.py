@@ -153,18 +153,22 @@ class CacheLayout:
         target = min(_BLOCK_BYTES, capacity_bytes // _MIN_BLOCKS)
         return page_bytes * max(1, target // page_bytes)
 
-    def fits(self, capacity_bytes: int, pages: IntArray) -> bool:
-        """Whether an empty arena of `capacity_bytes` holds so many pages of each format."""
-        block_bytes = self.block_bytes(capacity_bytes)
-        return self._blocks(block_bytes, pages) <= capacity_bytes // block_bytes
+    def blocks(self, block_bytes: int, pages: IntArray) -> int:
+        """Blocks of an empty arena that so many pages of each format, int32 [formats], take."""
+        return sum(
+            -(-int(n) // (block_bytes // format.page_bytes))
+            for n, format in zip(pages, self.formats, strict=True)
+        )
 
     def capacity_for(self, pages: IntArray) -> int:
         """Bytes of an arena that holds so many pages, int32 [formats]."""
         capacity = self.bytes_of(pages)
-        while not self.fits(capacity, pages):
+        while True:
             block_bytes = self.block_bytes(capacity)
-            capacity = max(capacity + block_bytes, self._blocks(block_bytes, pages) * block_bytes)
-        return capacity
+            needed = self.blocks(block_bytes, pages) * block_bytes
+            if needed <= capacity // block_bytes * block_bytes:
+                return capacity
+            capacity = max(capacity + 1, needed)
 
     @cached_property
     def _slices(self) -> tuple[slice, ...]:
@@ -181,9 +185,3 @@ class CacheLayout:
 
     def _format(self, layer: LayerShape) -> PageFormat:
         return PageFormat.dense(self.page_size, layer.k_dim, layer.v_dim, self.dtype)
-
-    def _blocks(self, block_bytes: int, pages: IntArray) -> int:
-        return sum(
-            -(-int(n) // (block_bytes // format.page_bytes))
-            for n, format in zip(pages, self.formats, strict=True)
-        )

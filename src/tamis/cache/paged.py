@@ -78,7 +78,7 @@ class PagedCache:
             chunk: the most tokens that are added at once; None if all of them may be.
         """
         pages = self.layout.peak_pages(n_tokens, chunk)
-        return self.layout.fits(self.capacity_bytes, pages)
+        return self.layout.blocks(self.arena.block_bytes, pages) <= self.arena.n_blocks
 
     def required_bytes(self, n_tokens: int, chunk: int | None = None) -> int:
         """A capacity with which `fits` holds."""
