@@ -162,13 +162,13 @@ class CacheLayout:
 
     def capacity_for(self, pages: IntArray) -> int:
         """Bytes of an arena that holds so many pages, int32 [formats]."""
-        capacity = self.bytes_of(pages)
-        while True:
+        capacity = 0
+        needed = self.bytes_of(pages)
+        while needed > capacity:  # larger arenas have larger blocks
+            capacity = needed
             block_bytes = self.block_bytes(capacity)
             needed = self.blocks(block_bytes, pages) * block_bytes
-            if needed <= capacity // block_bytes * block_bytes:
-                return capacity
-            capacity = max(capacity + 1, needed)
+        return capacity
 
     @cached_property
     def _slices(self) -> tuple[slice, ...]:
