@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from tamis.bench.tasks.puzzle import Draw, Puzzle, Question, Style
 from tamis.train.mixture import INGREDIENTS
-from tamis.train.text import TokenText
+from tamis.train.text import BOS, TokenText
 
 # What a target token is, for the loss and the curves.
 NO_LOSS, TEXT, ANSWER, FIRST = 0, 1, 2, 3
+
+_ORDINARY = 259  # the first token that is neither special nor a single byte
 
 TRAINING_STYLE = Style(digits=(3, 7))
 
@@ -31,11 +33,13 @@ class Blend:
     weights: how often each ingredient is drawn; "text" is a sequence without puzzle.
     density: bounds of the share of a sequence that facts and questions take.
     stretch: the largest position id that position jumps may reach (PoSE).
+    noise: the share of sequences whose facts lie in random tokens instead of library text.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
     density: tuple[float, float] = (0.3, 0.9)
     stretch: int = 16384
+    noise: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ TASK_NAMES: tuple[str, ...] = (
     "multi_value_unnumbered",
     "variables",
     "frequent",
+    "recital",
 )
 
 
@@ -76,13 +81,12 @@ class _Line:
 
 
 class Composer:
-    """Composes training sequences over one token text."""
+    """Composes training sequences over one token text, with the tokenizer that made it."""
 
-    def __init__(self, text: TokenText, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, text: TokenText, tokenizer: Tokenizer) -> None:
         self._text = text
-        self._core = tokenizer.backend_tokenizer
-        self._bos = tokenizer.bos_token_id
-        self._vocab = len(tokenizer)
+        self._tokenizer = tokenizer
+        self._bos = tokenizer.token_to_id(BOS)
         self._newline = text.newline
 
     def batch(self, blend: Blend, seed: int, step: int, size: int, length: int) -> Batch:
@@ -127,19 +131,21 @@ class Composer:
             puzzle = INGREDIENTS[name](draw, budget // len(picked))
             self._merge(rng, facts, questions, self._encoded(puzzle))
         self._trim(rng, facts, questions, length - 2)
-        return self._assemble(rng, facts, questions, length)
+        return self._assemble(rng, facts, questions, length, blend.noise)
 
     def _encoded(self, puzzle: Puzzle) -> tuple[list[_Line], list[_Line]]:
         task = TASK_NAMES.index(puzzle.task)
         facts = [
             _Line(encoded.ids, [NO_LOSS] * len(encoded.ids), task)
-            for encoded in self._core.encode_batch(list(puzzle.facts), add_special_tokens=False)
+            for encoded in self._tokenizer.encode_batch(
+                list(puzzle.facts), add_special_tokens=False
+            )
         ]
         return facts, [self._question(question, task) for question in puzzle.questions]
 
     def _question(self, question: Question, task: int) -> _Line:
         texts = [question.prompt, *(part.text for part in question.parts)]
-        prompt, *parts = self._core.encode_batch(texts, add_special_tokens=False)
+        prompt, *parts = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens, classes = list(prompt.ids), [NO_LOSS] * len(prompt.ids)
         for part, encoded in zip(question.parts, parts, strict=True):
             tokens += encoded.ids
@@ -187,9 +193,10 @@ class Composer:
         facts: list[_Line],
         questions: list[_Line],
         length: int,
+        noise: float,
     ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list[int]]:
         used = 1 + sum(len(line.tokens) for line in (*facts, *questions))
-        filler = self._filler(rng, length - used)
+        filler = self._text.window(rng, length - used)
         ends = np.concatenate([[0], np.flatnonzero(filler == self._newline) + 1])
         depths = np.sort(rng.random(len(facts))) * len(filler)
         places = ends[np.searchsorted(ends, depths, side="right") - 1]
@@ -202,7 +209,7 @@ class Composer:
                 interleaved.setdefault(at, []).append(question)
             else:
                 last.append(question)
-        trained = TEXT if rng.random() < 0.9 or not facts else NO_LOSS
+        trained = TEXT if rng.random() >= noise or not facts else NO_LOSS
         if trained == NO_LOSS:
             filler = self._noise(rng, filler)
         pieces: list[tuple[np.ndarray | list[int], np.ndarray | list[int], int]] = []
@@ -232,12 +239,9 @@ class Composer:
         tasks = np.concatenate([[0], *(np.full(len(piece[0]), piece[2]) for piece in pieces)])
         return (tokens, classes, tasks), cuts
 
-    def _filler(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        return self._text.window(rng, length)
-
     def _noise(self, rng: np.random.Generator, filler: np.ndarray) -> np.ndarray:
         """Replace the text between line ends by random tokens: facts must be found in any text."""
-        noise = rng.integers(259, self._vocab, len(filler))
+        noise = rng.integers(_ORDINARY, self._tokenizer.get_vocab_size(), len(filler))
         return np.where(filler == self._newline, filler, noise)
 
 

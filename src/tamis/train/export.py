@@ -12,7 +12,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tamis.errors import ModelError
 from tamis.train import card, checkpoint, log
-from tamis.train.model import Shape, build_model
+from tamis.train.model import build_model
+from tamis.train.recipe import Shape
+from tamis.train.text import NEWLINE
 
 
 def export(run: Path, out: Path) -> Path:
@@ -30,7 +32,7 @@ def export(run: Path, out: Path) -> Path:
     model = build_model(Shape(**about["recipe"]["shape"]), tokenizer, seed=0)
     model.load_state_dict(state["model"])
     model.to(torch.bfloat16)
-    newline = tokenizer.backend_tokenizer.token_to_id("Ċ")
+    newline = tokenizer.convert_tokens_to_ids(NEWLINE)
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

@@ -28,7 +28,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> bool:
-    """Draw losses, first-answer-token accuracies and speed; False if matplotlib is not there."""
+    """Draw losses, first-answer-token accuracies and speed.
+
+    False if there is nothing to draw yet, or matplotlib is not installed.
+    """
+    if not records:
+        return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

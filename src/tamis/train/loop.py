@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from tamis.train import checkpoint, log
 from tamis.train.clock import Clock
@@ -82,7 +82,7 @@ class Report:
         }
 
 
-def run(model: LlamaForCausalLM, recipe: Recipe, place: Place, screen: Screen) -> bool:
+def run(model: Qwen3ForCausalLM, recipe: Recipe, place: Place, screen: Screen) -> bool:
     """Train `model` in place until the budget is used; True if it is, False if interrupted.
 
     Goes on from the checkpoint in `place.folder` if there is one, and leaves one behind at every

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from tamis.train.data import ANSWER, FIRST, TEXT, Batch
 from tamis.train.model import logits_at
@@ -38,7 +38,7 @@ class Losses(NamedTuple):
 
 
 def losses(
-    model: LlamaForCausalLM, inputs: Inputs, text_weight: float, first_weight: float
+    model: Qwen3ForCausalLM, inputs: Inputs, text_weight: float, first_weight: float
 ) -> Losses:
     """Mean cross-entropy of answers, plus `text_weight` times that of library text.
 

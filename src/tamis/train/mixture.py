@@ -8,15 +8,16 @@ few facts to a page full of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from tamis.bench.tasks.frequent import frequent_words
 from tamis.bench.tasks.needle import multi_query, multi_value, needles
-from tamis.bench.tasks.puzzle import Draw, Puzzle
+from tamis.bench.tasks.puzzle import Draw, Part, Puzzle, Question, recalled
 from tamis.bench.tasks.recall import key_values
 from tamis.bench.tasks.variables import variable_traces
 
 # Tokens of one line with the reference tokenizer, questions included where it says so.
-_NEEDLE, _PAIR, _PAIR_LINE, _WORD_LINE = 36, 28, 10, 12
+_NEEDLE, _PAIR, _PAIR_LINE, _NEEDLE_LINE, _WORD_LINE = 36, 28, 9, 14, 12
 
 
 def _needle(draw: Draw, budget: int) -> Puzzle:
@@ -29,7 +30,7 @@ def _key_value(draw: Draw, budget: int) -> Puzzle:
 
 def _dense_key_value(draw: Draw, budget: int) -> Puzzle:
     """A page full of pairs, of which every fourth, drawn at random, is asked for."""
-    puzzle = key_values(draw, max(2, min(2000, int(budget / (_PAIR_LINE + 0.25 * 20)))))
+    puzzle = key_values(draw, max(2, min(2000, int(budget / (_PAIR_LINE + 0.25 * 22)))))
     asked = sorted(draw.shuffled(len(puzzle.facts))[: max(1, len(puzzle.facts) // 4)])
     return Puzzle("key_value", puzzle.facts, tuple(puzzle.questions[i] for i in asked))
 
@@ -65,6 +66,29 @@ def _frequent(draw: Draw, budget: int) -> Puzzle:
     return frequent_words(draw, lists, lines, distinct=distinct, ratio=ratio)
 
 
+def _recital(draw: Draw, budget: int) -> Puzzle:
+    """Facts that are told again, word for word: the plainest look-up, and the most of it per token.
+
+    It brings about the retrieval transition; the questions of the tasks are too sparse for that.
+    """
+    if draw.rng.random() < 0.7:
+        puzzle = key_values(draw, max(1, budget // (3 * _PAIR_LINE)))
+    else:
+        puzzle = needles(draw, max(1, budget // (3 * _NEEDLE_LINE)))
+    retold = [
+        _retold(fact, question)
+        for fact, question in zip(puzzle.facts, puzzle.questions, strict=True)
+    ]
+    return Puzzle("recital", puzzle.facts, (*retold, *retold))
+
+
+def _retold(fact: str, question: Question) -> Question:
+    (target,) = question.targets
+    opening, rest = fact.rstrip("\n").rsplit(f" {target}", 1)
+    parts = [recalled(target)] + ([Part(rest, recalled=False)] if rest else [])
+    return replace(question, prompt=opening, parts=tuple(parts))
+
+
 INGREDIENTS: Mapping[str, Callable[[Draw, int], Puzzle]] = {
     "needle": _needle,
     "key_value": _key_value,
@@ -74,4 +98,5 @@ INGREDIENTS: Mapping[str, Callable[[Draw, int], Puzzle]] = {
     "multi_value_unnumbered": _multi_value_unnumbered,
     "variables": _variables,
     "frequent": _frequent,
+    "recital": _recital,
 }

@@ -1,41 +1,29 @@
 """The reference model, and a forward of it that computes only what the training loss needs.
 
-The model is Transformers' own Llama with its own parameters. `logits_at` runs them in bf16 under
-fp32 master weights, and lets only the positions that carry loss through the last layer's queries
-and feed-forward block, the final norm and the head. That changes no logit at those positions.
+The model is a Llama with norms on queries and keys, which Transformers calls Qwen3, unmodified.
+Without the norms, attention logits grow without bound under Muon, and attention saturates before
+it has learned to look anything up. `logits_at` runs the model's parameters in bf16 under fp32
+master weights, and lets only the positions that carry loss through the last layer's queries and
+feed-forward block, the final norm and the head. That changes no logit at those positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from tamis.train.recipe import Shape
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the model; the vocabulary is the tokenizer's."""
-
-    layers: int = 4
-    hidden: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
-    feed_forward: int = 640
-    max_position: int = 32768
-    rope_theta: float = 1e6
-
-
-def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A model with random fp32 weights drawn from `seed`.
 
-    The branches start small, so the residual stream is mostly the embedding at first, and queries
-    and keys start large enough for attention that is not uniform.
+    The branches start small, so the residual stream is mostly the embedding at first; the norms of
+    queries and keys start at 1.5, so attention is not uniform at first.
     """
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
         intermediate_size=shape.feed_forward,
@@ -53,18 +41,44 @@ def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(3.0)
-            layer.self_attn.k_proj.weight.mul_(3.0)
+            layer.self_attn.q_norm.weight.fill_(1.5)
+            layer.self_attn.k_norm.weight.fill_(1.5)
             layer.self_attn.o_proj.weight.mul_(0.3)
             layer.mlp.down_proj.weight.mul_(0.3)
+        _look_back(model)
     return model
 
 
+def _look_back(model: Qwen3ForCausalLM) -> None:
+    """Let two heads of the first layer begin by attending one and two tokens back.
+
+    A look-up takes two steps: every token must know the tokens before it, and then the right one
+    can be found by them. The second step cannot be learned before the first, which is what makes
+    small models wait so long for it; so the first is given. All embeddings get a common component,
+    which the two heads' queries and their key turn into rotations that agree at the wanted distance.
+    """
+    config = model.config
+    dim, hidden = config.head_dim, config.hidden_size
+    common = torch.zeros(hidden)
+    common[0] = 1.0
+    model.model.embed_tokens.weight.add_(0.1 * common)
+    layer = model.model.layers[0].self_attn
+    sharp = torch.arange(dim // 2) < dim // 8  # the fast rotations tell neighbours apart
+    frequency = model.model.rotary_emb.inv_freq.float()
+    for head in range(2):
+        angle = -frequency * (head + 1)
+        query = torch.cat([angle.cos() * sharp, angle.sin() * sharp])
+        layer.q_proj.weight[head * dim : (head + 1) * dim] *= 0.1
+        layer.q_proj.weight[head * dim : (head + 1) * dim, 0] = query
+    layer.k_proj.weight[:dim] *= 0.1
+    layer.k_proj.weight[:dim, 0] = torch.cat([sharp.float(), torch.zeros(dim // 2)])
+
+
 def logits_at(
-    model: LlamaForCausalLM,
+    model: Qwen3ForCausalLM,
     tokens: Tensor,
     positions: Tensor,
     where: Tensor,
@@ -88,11 +102,13 @@ def logits_at(
         last = index == config.num_hidden_layers - 1
         attention = layer.self_attn
         y = _norm(x, layer.input_layernorm.weight, eps)
-        k = _rotated(_heads(y, attention.k_proj, config.head_dim), cos, sin)
+        k = _heads(y, attention.k_proj, config.head_dim)
+        k = _rotated(_norm(k, attention.k_norm.weight, eps), cos, sin)
         v = _heads(y, attention.v_proj, config.head_dim)
         if last:
             x, y, cos, sin = x[row, where], y[row, where], cos[row, where], sin[row, where]
-        q = _rotated(_heads(y, attention.q_proj, config.head_dim), cos, sin)
+        q = _heads(y, attention.q_proj, config.head_dim)
+        q = _rotated(_norm(q, attention.q_norm.weight, eps), cos, sin)
         group = config.num_attention_heads // config.num_key_value_heads
         mixed = F.scaled_dot_product_attention(
             q,

@@ -6,7 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tamis.train.data import Blend
-from tamis.train.model import Shape
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model; the vocabulary is the tokenizer's."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    feed_forward: int = 640
+    max_position: int = 32768
+    rope_theta: float = 1e6
 
 
 @dataclass(frozen=True)
@@ -55,15 +68,28 @@ class Recipe:
         return asdict(self)
 
 
+_FIRST = {
+    "recital": 0.45,
+    "needle": 0.14,
+    "key_value": 0.14,
+    "dense_key_value": 0.02,
+    "multi_query": 0.04,
+    "multi_value": 0.04,
+    "variables": 0.07,
+    "frequent": 0.05,
+    "text": 0.05,
+}
+
 _SHORT = {
-    "needle": 0.28,
-    "key_value": 0.24,
-    "dense_key_value": 0.08,
-    "multi_query": 0.08,
-    "multi_value": 0.10,
+    "recital": 0.08,
+    "needle": 0.24,
+    "key_value": 0.18,
+    "dense_key_value": 0.06,
+    "multi_query": 0.09,
+    "multi_value": 0.11,
     "multi_value_unnumbered": 0.02,
-    "variables": 0.12,
-    "frequent": 0.08,
+    "variables": 0.14,
+    "frequent": 0.12,
     "text": 0.06,
 }
 
@@ -88,7 +114,7 @@ def cpu_recipe(*, minutes: float | None = None, steps: int | None = None, seed: 
     if minutes is None and steps is None:
         minutes = 100.0
     stages = (
-        Stage(256, 16, 0.32, Blend(_SHORT, (0.5, 0.95)), gate=0.95),
+        Stage(256, 16, 0.32, Blend(_FIRST, (0.5, 0.95)), gate=0.95),
         Stage(512, 16, 0.20, Blend(_SHORT, (0.5, 0.95)), gate=0.95, gated=_ALL_TASKS),
         Stage(1024, 8, 0.16, Blend(_LONG, (0.3, 0.85))),
         Stage(2048, 4, 0.16, Blend(_LONG, (0.15, 0.6))),
@@ -103,7 +129,7 @@ def gpu_recipe(*, minutes: float | None = None, steps: int | None = None, seed: 
         minutes = 30.0
     shape = Shape(layers=8, hidden=512, heads=8, kv_heads=2, head_dim=64, feed_forward=1408)
     stages = (
-        Stage(256, 64, 0.15, Blend(_SHORT, (0.5, 0.95)), gate=0.97),
+        Stage(256, 64, 0.15, Blend(_FIRST, (0.5, 0.95)), gate=0.97),
         Stage(512, 64, 0.15, Blend(_SHORT, (0.5, 0.95)), gate=0.97, gated=_ALL_TASKS),
         Stage(1024, 64, 0.20, Blend(_LONG, (0.3, 0.85))),
         Stage(4096, 32, 0.30, Blend(_LONG, (0.06, 0.4), stretch=32768)),

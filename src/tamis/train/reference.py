@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ import torch
 import typer
 from transformers import PreTrainedTokenizerFast
 
-from tamis.bench.tasks import corpus
+from tamis.bench.tasks.corpus import SourceFile, files_of, fingerprint
 from tamis.errors import ConfigError
 from tamis.train import card, loop
 from tamis.train.evaluate import evaluate_folder
@@ -42,14 +43,16 @@ def train(
     mirror: Path | None = None,
     compiled: bool = True,
     progress: bool = True,
+    files: Sequence[SourceFile] | None = None,
 ) -> bool:
     """Train, or go on training, the run in `folder`; True when its budget is used up.
 
     `recipe` must be the one that the run began with, but for its budget (ConfigError otherwise).
     `threads` is the most that PyTorch may use (default: all processors). `mirror` is a folder for
-    a second copy of every checkpoint.
+    a second copy of every checkpoint. `files` is the text, by default the training split of the
+    standard library.
     """
-    tokenizer = prepare(folder, recipe, device)
+    tokenizer = prepare(folder, recipe, device, files)
     model = build_model(recipe.shape, tokenizer, recipe.seed).to(device)
     place = loop.Place(
         folder=folder,
@@ -68,7 +71,9 @@ def train(
     return done
 
 
-def prepare(folder: Path, recipe: Recipe, device: str = "cpu") -> PreTrainedTokenizerFast:
+def prepare(
+    folder: Path, recipe: Recipe, device: str, files: Sequence[SourceFile] | None
+) -> PreTrainedTokenizerFast:
     """Make the run's folder, or check that it was made for this recipe; returns the tokenizer."""
     run_file = folder / "run.json"
     wanted = json.loads(json.dumps(recipe.as_dict()))
@@ -82,10 +87,10 @@ def prepare(folder: Path, recipe: Recipe, device: str = "cpu") -> PreTrainedToke
             )
         return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
-    files = corpus.files_of("train")
+    files = files if files is not None else files_of("train")
     tokenizer = train_tokenizer(file.text for file in files)
     tokenizer.save_pretrained(folder / "tokenizer")
-    text = tokenize_files(files, tokenizer)
+    text = tokenize_files(files, tokenizer.backend_tokenizer)
     save_text(text, folder)
     about: dict[str, Any] = {
         "recipe": wanted,
@@ -94,7 +99,7 @@ def prepare(folder: Path, recipe: Recipe, device: str = "cpu") -> PreTrainedToke
             "files": len(files),
             "characters": sum(len(file.text) for file in files),
             "tokens": len(text.tokens),
-            "fingerprint": corpus.fingerprint(files),
+            "fingerprint": fingerprint(files),
         },
         "machine": {
             "processor": _processor(),

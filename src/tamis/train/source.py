@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from multiprocessing.connection import Connection
@@ -11,8 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from tamis.train.data import Batch, Composer
 from tamis.train.recipe import Stage
@@ -89,8 +89,8 @@ class BatchSource:
 def _compose(requests: Connection, folder: Path, seed: int) -> None:
     """Answer requests until the other side closes; interrupts are the training loop's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processors are for training
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     composer = Composer(load_text(folder), tokenizer)
     while True:
         try:

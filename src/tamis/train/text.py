@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from tamis.bench.tasks.corpus import SourceFile
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+NEWLINE = "Ċ"  # as byte-level vocabularies spell it
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,10 @@ class TokenText:
         return window
 
 
-def tokenize_files(files: Sequence[SourceFile], tokenizer: PreTrainedTokenizerFast) -> TokenText:
+def tokenize_files(files: Sequence[SourceFile], tokenizer: Tokenizer) -> TokenText:
     """Tokenize a split once; nothing else of the text is tokenized again during training."""
-    core = tokenizer.backend_tokenizer
-    newline = core.token_to_id("Ċ")
+    newline, end = tokenizer.token_to_id(NEWLINE), tokenizer.token_to_id(EOS)
     pieces: list[np.ndarray] = []
-    for encoded in core.encode_batch([file.text for file in files], add_special_tokens=False):
-        pieces.append(np.asarray([*encoded.ids, tokenizer.eos_token_id], np.int64))
+    for encoded in tokenizer.encode_batch([file.text for file in files], add_special_tokens=False):
+        pieces.append(np.asarray([*encoded.ids, end], np.int64))
     return TokenText.of(np.concatenate(pieces), newline)

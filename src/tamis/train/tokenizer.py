@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from tamis.bench.tasks.words import ADJECTIVES, NOUNS, VALUE_WORDS
+from tamis.train.text import BOS, EOS, PAD
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCAB_SIZE = 4096
 
 # Newline | one digit | letters | other signs | spaces, all but the newline with one leading space.

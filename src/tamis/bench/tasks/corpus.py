@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,7 +63,7 @@ def files_of(split: Split, root: Path | None = None) -> list[SourceFile]:
     return [file for file in standard_library(root) if split_of(file.name) == split]
 
 
-def fingerprint(files: list[SourceFile]) -> str:
+def fingerprint(files: Sequence[SourceFile]) -> str:
     """A short hash of names and contents: says whether two machines have the same text."""
     digest = hashlib.sha256()
     for file in files:

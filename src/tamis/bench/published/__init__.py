@@ -1,0 +1,1 @@
+"""Published benchmarks, read from their own files: RULER, LongBench, InfiniteBench."""

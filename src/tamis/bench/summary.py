@@ -1,0 +1,191 @@
+"""Results, summed up: means per cell, costs per plan, fronts, and scores by depth."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import TypeVar
+
+from tamis.bench.results import Answer, Timing
+from tamis.bench.tasks.scenes import TASKS
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+ONE_FACT = ("single", "multi_key", "key_value")
+"""Tasks whose answer lies at one place, which is what depth is about."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Answers of one group. `score` and `exact` are means over `count` answers, or None without
+    any; `failed` requests are in neither."""
+
+    score: float | None
+    exact: float | None
+    count: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Mean bytes of a request's KV pages: at its peak, at its end, and of exact attention."""
+
+    peak: float
+    end: float
+    dense: float
+
+    @property
+    def share(self) -> float:
+        """The peak against exact attention's."""
+        return self.peak / self.dense
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one plan at one length, over the rounds; ratios are to the baseline of each round."""
+
+    ttft_s: Spread
+    tpot_s: Spread
+    ttft_ratio: Spread
+    tpot_ratio: Spread
+    kv_peak: float
+    kv_dense: float
+    rounds: int
+
+
+class Summary:
+    """All that a table or a figure needs.
+
+    Attributes:
+        plans: those in `first`, then the others as they first appear. `tasks`: our own in their
+            order, then others by name. `lengths`: of documents, rising; None, for published
+            prompts, comes last. `timed_lengths`: where speed was measured.
+    """
+
+    def __init__(
+        self, answers: Sequence[Answer], timings: Sequence[Timing], first: Sequence[str] = ()
+    ) -> None:
+        # A failed answer that was repeated with success is in the file twice; the last one counts.
+        self.answers = list({answer.key: answer for answer in answers}.values())
+        self.timings = list(timings)
+        found = dict.fromkeys([a.plan for a in self.answers] + [t.plan for t in self.timings])
+        self.plans = [plan for plan in dict.fromkeys([*first, *found]) if plan in found]
+        tasks = {answer.task for answer in self.answers}
+        self.tasks = [*(task for task in TASKS if task in tasks), *sorted(tasks - TASKS.keys())]
+        self.lengths = sorted(
+            {answer.length for answer in self.answers},
+            key=lambda length: float("inf") if length is None else length,
+        )
+        self.timed_lengths = sorted({timing.length for timing in self.timings})
+        self._cells = _grouped(self.answers, lambda a: (a.plan, a.task, a.length))
+        self._requests = _grouped(self.answers, lambda a: (a.plan, a.length))
+        self._timed = _grouped(self.timings, lambda t: (t.plan, t.length))
+
+    def cell(self, plan: str, task: str, length: int | None) -> Quality:
+        """Quality of one plan on one task at one length."""
+        return quality(self._cells.get((plan, task, length), ()))
+
+    def overall(self, plan: str, length: int | None) -> float | None:
+        """Mean score over tasks, each counting the same; None without any answer."""
+        scores = [self.cell(plan, task, length).score for task in self.tasks]
+        found = [score for score in scores if score is not None]
+        return fmean(found) if found else None
+
+    def memory(self, plan: str, length: int | None) -> Memory | None:
+        """KV bytes of the requests that were answered at a length."""
+        rows = [a for a in self._requests.get((plan, length), ()) if a.error is None]
+        if not rows:
+            return None
+        return Memory(
+            fmean(row.kv_bytes_peak for row in rows),
+            fmean(row.kv_bytes for row in rows),
+            fmean(row.kv_bytes_dense for row in rows),
+        )
+
+    def speed(self, plan: str, length: int | None) -> Speed | None:
+        """Times at a length; None where they were not measured."""
+        rows = [] if length is None else self._timed.get((plan, length), [])
+        if not rows:
+            return None
+        return Speed(
+            spread([row.ttft_s for row in rows]),
+            spread([row.tpot_s for row in rows]),
+            spread([row.ttft_s / row.dense_ttft_s for row in rows]),
+            spread([row.tpot_s / row.dense_tpot_s for row in rows]),
+            fmean(row.kv_bytes_peak for row in rows),
+            fmean(row.kv_bytes_dense for row in rows),
+            len(rows),
+        )
+
+    def timeline(self, plan: str, length: int) -> Timing | None:
+        """The round whose time to the first token is the median (the lower of two)."""
+        rows = sorted(self._timed.get((plan, length), ()), key=lambda row: row.ttft_s)
+        return rows[(len(rows) - 1) // 2] if rows else None
+
+    def by_depth(self, plan: str, bins: int) -> dict[tuple[int | None, int], Quality]:
+        """Quality on tasks of one fact, by length and part of the document the fact lies in."""
+        rows = [
+            a for a in self.answers if a.plan == plan and a.task in ONE_FACT and a.depth is not None
+        ]
+        groups = _grouped(rows, lambda a: (a.length, min(bins - 1, int((a.depth or 0) * bins))))
+        return {place: quality(group) for place, group in groups.items()}
+
+    def by_style(self, plan: str) -> dict[tuple[str, str], Quality]:
+        """Quality by kind of value and phrasing of the question, over tasks and lengths."""
+        rows = [a for a in self.answers if a.plan == plan and a.kind and a.phrasing]
+        groups = _grouped(rows, lambda a: (a.kind or "", a.phrasing or ""))
+        return {style: quality(group) for style, group in groups.items()}
+
+    @property
+    def failed(self) -> int:
+        """Requests that failed."""
+        return sum(answer.error is not None for answer in self.answers)
+
+
+def quality(answers: Iterable[Answer]) -> Quality:
+    """Means over answers."""
+    rows = list(answers)
+    scores = [row.score for row in rows if row.score is not None]
+    exact = [row.exact for row in rows if row.exact is not None]
+    return Quality(
+        fmean(scores) if scores else None,
+        fmean(exact) if exact else None,
+        len(scores),
+        len(rows) - len(scores),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and range of at least one value."""
+    return Spread(median(values), min(values), max(values))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of the points (cost, quality) no other point beats: none is as good in both and better
+    in one."""
+    return [
+        not any(
+            cost <= mine and quality >= good and (cost < mine or quality > good)
+            for cost, quality in points
+        )
+        for mine, good in points
+    ]
+
+
+def _grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    groups: dict[K, list[T]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(groups)
