@@ -1,0 +1,261 @@
+"""`tamis bench`: plans × tasks × lengths on one model, as JSON lines, a table and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tamis import __version__
+from tamis.cli import options, terminal
+from tamis.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tamis.bench.record import Record, Settings
+    from tamis.bench.results import Answer, ResultFile, Timing
+    from tamis.bench.runner import Prompting, Work
+    from tamis.bench.speed import SpeedWork
+    from tamis.llm import LLM
+
+_TASKS = "single,multi_key,key_value,multi_value,multi_query,variables,frequent,multi_turn"
+_NEW_TOKENS = 32
+
+Files = list[Path] | None
+
+
+def _files(format: str) -> Any:
+    text = f"A file in {format}'s published format; may be given several times."
+    return typer.Option(metavar="FILE", help=text)
+
+
+def bench(
+    model: options.Model,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plan",
+            "--plans",
+            metavar="PLANS",
+            help="Plans to compare, with ; between them; may be given several times.",
+            show_default="dense",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks, with commas between them.",
+            show_default=f"{_TASKS}, or none where published files are given",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(metavar="LENGTHS", help="Tokens of the documents; k is 1024.")
+    ] = "1k,4k",
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Documents per task and length, or file.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides the documents.")] = 0,
+    kinds: Annotated[
+        str, typer.Option(metavar="NAMES", help="Kinds of values asked for.")
+    ] = "word,number",
+    phrasings: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Phrasings: restated ends with the key asked for."),
+    ] = "restated,natural",
+    haystack: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Text to hide facts in.", show_default="Python's own library"
+        ),
+    ] = None,
+    ruler: Annotated[Files, _files("RULER")] = None,
+    longbench: Annotated[Files, _files("LongBench")] = None,
+    infinitebench: Annotated[Files, _files("InfiniteBench")] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Cut the middle out of published prompts too long for it."),
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap prompts in the model's chat template.")
+    ] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure times and memory over time.")
+    ] = True,
+    repeat: Annotated[
+        int, typer.Option(metavar="K", min=1, help="Rounds in which times are measured.")
+    ] = 3,
+    depths: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Parts of a document in the depth heatmaps.")
+    ] = 5,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where results go; what is there is gone on with.")
+    ] = Path("out/bench"),
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The report.", show_default="report.html in --out"),
+    ] = None,
+    dtype: options.Dtype = "auto",
+    kv_memory: options.KVMemory = "4GiB",
+    max_batch_tokens: options.MaxBatchTokens = 2048,
+    debug: options.Debug = False,
+) -> None:
+    """Measure quality, memory and time of plans on a model.
+
+    Results go to --out as they come, then a table to stdout and an HTML report.
+
+    After Ctrl-C, the same command goes on; with more plans or tasks it adds them.
+
+    Example: tamis bench --model DIR --tasks single,multi_key --lengths 1k,4k --samples 20
+    """
+    _need_report_libraries()
+    from tamis.bench.lists import parse_choices, parse_lengths, parse_names, parse_plans
+    from tamis.bench.record import Settings
+    from tamis.bench.report import check_writable, write_report
+    from tamis.bench.results import Answer, ResultFile, Timing
+    from tamis.bench.runner import Prompting, check_work, open_work
+    from tamis.bench.speed import SpeedWork
+    from tamis.bench.suites import generated, published
+    from tamis.bench.summary import Summary
+    from tamis.bench.tasks.corpus import haystack_lines
+    from tamis.bench.tasks.puzzle import KINDS, PHRASINGS
+    from tamis.bench.tasks.samples import Suite
+    from tamis.cli import bench_screen
+
+    plans = parse_plans(plan or ["dense"])
+    sizes = parse_lengths(lengths)
+    some_kinds = parse_choices(kinds, KINDS, "--kinds")
+    some_phrasings = parse_choices(phrasings, PHRASINGS, "--phrasings")
+    report = report or out / "report.html"
+    check_writable(report)
+    files: dict[str, Sequence[Path]] = {
+        "ruler": ruler or [],
+        "longbench": longbench or [],
+        "infinitebench": infinitebench or [],
+    }
+    if tasks is None:
+        tasks = "" if any(files.values()) else _TASKS
+    suites = [
+        Suite(task, size, samples, seed, some_kinds, some_phrasings, haystack=haystack)
+        for size in sizes
+        for task in parse_names(tasks)
+    ]
+    exercises = published(files, samples)
+    text = "".join(haystack_lines(haystack))
+
+    from tamis.llm import LLM
+
+    terminal.quiet_logs(debug)
+    llm = LLM(model, dtype=dtype, kv_memory=kv_memory, max_batch_tokens=max_batch_tokens)
+    exercises += generated(llm, suites, out / "samples")
+    settings = Settings(
+        model=llm.model.name,
+        parameters=llm.model.n_parameters,
+        dtype=str(llm.model.dtype).removeprefix("torch."),
+        device=str(llm.model.device),
+        haystack="" if haystack is None else str(haystack),
+        samples=samples,
+        seed=seed,
+        kinds=some_kinds,
+        phrasings=some_phrasings,
+        chat=chat,
+        truncate=truncate,
+        new_tokens=_NEW_TOKENS,
+    )
+    record = _record(settings)
+    prompting = Prompting(chat, truncate)
+    with (
+        ResultFile(out / "answers.jsonl", Answer) as answers,
+        ResultFile(out / "timings.jsonl", Timing) as timings,
+    ):
+        work = open_work(exercises, plans, answers.rows)
+        done = frozenset(timing.key for timing in timings.rows)
+        timed = SpeedWork(plans, sizes if speed else (), repeat, _NEW_TOKENS, text, done)
+        check_work(llm, work, prompting)
+        timed.check(llm)
+        record.keep(out / "run.json")
+        _run(llm, work, timed, prompting, answers, timings, out)
+        summary = Summary(answers.rows, timings.rows, first=list(plans))
+    write_report(report, record, summary, depths)
+    bench_screen.show(summary)
+    if summary.failed:
+        terminal.say(f"{summary.failed} requests failed; the same command tries them again")
+    terminal.say(f"report: {report}")
+
+
+def _run(
+    llm: LLM,
+    work: Work,
+    timed: SpeedWork,
+    prompting: Prompting,
+    answers: ResultFile[Answer],
+    timings: ResultFile[Timing],
+    out: Path,
+) -> None:
+    """Answer and time what is left; says how to go on when it is interrupted."""
+    from tamis.bench.runner import run_answers
+    from tamis.bench.speed import run_timings
+    from tamis.cli.bench_screen import progress
+
+    if answers.rows or timings.rows:
+        terminal.say(
+            f"going on with {len(answers.rows):,} answers and {len(timings.rows):,} timings "
+            f"in {out}"
+        )
+    try:
+        if work.characters:
+            with progress("answers", work.characters) as advance:
+                run_answers(llm, work, prompting, answers, advance)
+        if timed.tokens:
+            with progress("times", timed.tokens) as advance:
+                run_timings(llm, timed, timings, advance)
+    except KeyboardInterrupt:
+        terminal.say(
+            f"{len(answers.rows):,} answers and {len(timings.rows):,} timings are kept in {out}; "
+            "the same command goes on with them"
+        )
+        raise
+
+
+def _record(settings: Settings) -> Record:
+    """The record of this run on this machine, now."""
+    import torch
+    import transformers
+
+    from tamis.bench.record import Record
+    from tamis.cli.machine import this_machine
+    from tamis.platform import format_bytes
+
+    machine = this_machine()
+    facts = {
+        "processor": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used",
+        "instruction sets": ", ".join(machine.instruction_sets) or "none of those kernels look for",
+        "memory": format_bytes(machine.memory),
+        "GPUs": ", ".join(machine.gpus) or "none",
+        "attention": ", ".join(name for name, runs in machine.backends.items() if runs),
+        "system": platform.platform(),
+    }
+    versions = {
+        "tamis": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+    }
+    command = shlex.join(["tamis", *sys.argv[1:]])
+    return Record(settings, facts, versions, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", command)
+
+
+def _need_report_libraries() -> None:
+    """Raise ConfigError where the report could not be made at the end."""
+    missing = [name for name in ("jinja2", "plotly") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the report needs {' and '.join(missing)}; install what bench needs with: "
+            "pip install 'tamis[bench]'"
+        )
