@@ -36,7 +36,8 @@ def decode(
     lse = q.new_empty(n, q_heads, dtype=torch.float32)
     # Named here so that converted copies live until the kernel has read them.
     q = q if q.stride(2) == 1 else q.contiguous()
-    positions = positions.to(torch.int64).contiguous() if positions is not None else None
+    if positions is not None:
+        positions = positions.to(torch.int64).contiguous() if window is not None else None
     sinks = sinks.float().contiguous() if sinks is not None else None
     extension.decode(
         isa=isa or "",

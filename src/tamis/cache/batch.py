@@ -21,7 +21,7 @@ class BatchView:
 
     Attributes:
         starts: sequence `i` adds the tokens starts[i] .. starts[i + 1] - 1 of the step,
-            int32 [n + 1].
+            int64 [n + 1].
         positions: absolute positions of the step's tokens, int32 [tokens].
     """
 
@@ -58,7 +58,7 @@ class BatchView:
             lengths[0, i] = sequence.lengths
         counts = np.array(new_tokens, dtype=np.int32)
         np.add(lengths[0], counts[:, None], out=lengths[1])
-        starts = np.zeros(len(sequences) + 1, dtype=np.int32)
+        starts = np.zeros(len(sequences) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         self._data = cache.arena.data
         self._layout = cache.layout

@@ -98,7 +98,7 @@ class PageFormat:
         return flat.as_strided(
             (n_ids, self.page_size, field.width),
             (UNIT // field.dtype.itemsize, field.width, 1),
-            self.offsets[name] // field.dtype.itemsize,
+            flat.storage_offset() + self.offsets[name] // field.dtype.itemsize,
         )
 
 

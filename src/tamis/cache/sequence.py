@@ -66,7 +66,7 @@ class SequenceCache:
     @property
     def bytes(self) -> int:
         """Bytes of the pages held, shared and reserved ones included, here or in host memory."""
-        return self._bytes(self.page_counts)
+        return self._held_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -229,6 +229,7 @@ class SequenceCache:
         cache.swap_bytes_in_use += n_bytes
         cache.release(*self._pages(self.page_counts))
         self.page_counts = used
+        self._held_bytes = n_bytes
         self._room = 0
 
     def swap_in(self) -> None:
@@ -259,6 +260,7 @@ class SequenceCache:
         else:
             self.cache.release(*self._pages(self.page_counts))
         self._freed = True
+        self._held_bytes = 0
         self.page_counts[:] = 0
         self.lengths[:] = 0
         self._room = 0
@@ -298,6 +300,7 @@ class SequenceCache:
         """Work out the numbers that spare most steps a look at the tables."""
         page_size = self.layout.page_size
         self.width = int(self.page_counts.max())
+        self._held_bytes = self._bytes(self.page_counts)
         room = int((self.page_counts * page_size - self.lengths).min())
         self._room = 0 if self._check_tails else room
         rows = self.layout.window_rows
