@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 
 @contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
@@ -61,11 +63,14 @@ def test_ctrl_c_keeps_what_was_printed_and_exits_with_130(endless: Path) -> None
     assert b"Traceback" not in stderr
 
 
-def test_a_reader_that_leaves_ends_it_quietly(endless: Path) -> None:
-    with running(*endless_run(endless)) as process:
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_a_reader_that_leaves_ends_it_quietly(endless: Path, command: str) -> None:
+    arguments = endless_run(endless) if command == "run" else ("demo", "--model", endless)
+    with running(*arguments) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdout.read(1)
+        if command == "run":
+            process.stdout.read(1)
         process.stdout.close()
         stderr = process.stderr.read()
         process.wait(timeout=60)

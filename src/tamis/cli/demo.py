@@ -42,12 +42,10 @@ def demo(
     memory and time are those of any model of its shape. Exits with status 1 if the two do not
     generate the same tokens in float32.
     """
-    from rich.console import Console
-
     from tamis.cli.demo_model import library_text, save_random_model
 
     terminal.quiet_logs(debug)
-    out = Console(highlight=False, soft_wrap=True)
+    out = terminal.output_console()
     text = library_text() if document is None else read_text(document)
     with tempfile.TemporaryDirectory(prefix="tamis-demo-") as scratch:
         if model is None:

@@ -18,7 +18,7 @@ import typer
 from tamis.errors import TamisWarning
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.progress import Progress
 
     from tamis.engine.engine import EngineStats
@@ -82,6 +82,19 @@ def quiet_logs(debug: bool) -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("tamis").addHandler(logging.NullHandler())
+
+
+def output_console() -> Console:
+    """A console on stdout that leaves a closed pipe to the command, as `typer.echo` does."""
+    from rich.console import Console
+
+    class OutputConsole(Console):
+        """Rich itself would exit with status 1 here."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return OutputConsole(highlight=False, soft_wrap=True)
 
 
 def prefill_bar(stats: EngineStats, n_tokens: int) -> Progress:
