@@ -32,7 +32,7 @@ constexpr int64_t kPad = 32;
 static constexpr int64_t padded(int64_t dim) { return (dim + kPad - 1) / kPad * kPad; }
 
 // Tokens whose scores are held at once.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 128;
 
 // Floats of scratch that an AttendRange needs: packed queries and one block of scores.
 static constexpr int64_t scratch_floats(int64_t group, int64_t k_dim) {
