@@ -91,7 +91,7 @@ def test_a_batch_is_a_function_of_seed_and_step(composer):
 
 def test_targets_are_the_tokens_after_the_selected_positions(composer):
     batch = composer.batch(cpu_recipe(steps=1).stages[1].blend, 0, 0, 4, 256)
-    assert batch.where.shape == batch.targets.shape == (4, 64)
+    assert batch.where.shape == batch.targets.shape == (4, 128)
     for row in range(4):
         chosen = batch.classes[row] != NO_LOSS
         where = batch.where[row][chosen]

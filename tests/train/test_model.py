@@ -26,6 +26,22 @@ def test_logits_at_selected_positions_are_those_of_the_whole_model(tokenizer):
     assert (moved[1, -1] - whole[1, -1]).abs().max() > 1e-3  # the jump in positions mattered
 
 
+def test_a_new_model_attends_to_what_followed_the_same_key_before(tokenizer):
+    model = build_model(Shape(), tokenizer, seed=3)
+    text = "key amber-falcon = walnut\nkey icy-reef = moon\nkey jolly-tiger = 481\nkey icy-reef ="
+    ids = tokenizer.encode(text)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    first, second = attentions[0][0], attentions[1][0]
+    tokens = torch.arange(4, len(ids))
+    assert (first[0, tokens, tokens - 1] > 0.6).all()
+    assert (first[1, tokens, tokens - 2] > 0.6).all()
+    (moon,) = tokenizer.encode(" moon", add_special_tokens=False)
+    assert second[0, -1, ids.index(moon)] > 0.3
+    assert int(second[0, -1].argmax()) == ids.index(moon)
+
+
 def test_a_seed_decides_the_weights(tokenizer):
     first, again, other = (build_model(MICRO, tokenizer, seed) for seed in (0, 0, 1))
     pairs = zip(first.parameters(), again.parameters(), strict=True)

@@ -90,9 +90,9 @@ class Composer:
         self._newline = text.newline
 
     def batch(self, blend: Blend, seed: int, step: int, size: int, length: int) -> Batch:
-        """The batch of one step: `size` sequences, a quarter of their `length` tokens selected."""
+        """The batch of one step: `size` sequences, half of their `length` tokens selected."""
         rng = np.random.default_rng([seed, step, length])
-        selected = max(1, length // 4)
+        selected = max(1, length // 2)
         shape = (size, selected)
         tokens = np.zeros((size, length), np.int64)
         positions = np.zeros((size, length), np.int64)

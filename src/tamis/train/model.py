@@ -48,33 +48,43 @@ def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
             layer.self_attn.k_norm.weight.fill_(1.5)
             layer.self_attn.o_proj.weight.mul_(0.3)
             layer.mlp.down_proj.weight.mul_(0.3)
-        _look_back(model)
+        _begin_looking_up(model)
     return model
 
 
-def _look_back(model: Qwen3ForCausalLM) -> None:
-    """Let two heads of the first layer begin by attending one and two tokens back.
+def _begin_looking_up(model: Qwen3ForCausalLM) -> None:
+    """Let the model begin with one head that finds what followed an earlier equal token.
 
-    A look-up takes two steps: every token must know the tokens before it, and then the right one
-    can be found by them. The second step cannot be learned before the first, which is what makes
-    small models wait so long for it; so the first is given. All embeddings get a common component,
-    which the two heads' queries and their key turn into rotations that agree at the wanted distance.
+    A look-up takes two steps: every token learns which tokens stand before it, then the right one
+    is found by them. Neither step pays without the other, so a small model waits long for both:
+    with random weights alone, it was still guessing after 4 million tokens. Here both are roughly
+    given, half a million tokens make them work, and training is free to change them.
+
+    First layer: all embeddings get a common component, from which two heads' queries and their key
+    make rotations that agree one and two tokens back; each head writes what it finds into
+    directions of its own. Second layer: the first head's query reads the token one back, its key
+    the token two back. After "amber-falcon =" it attends to the token that followed "falcon =".
     """
     config = model.config
     dim, hidden = config.head_dim, config.hidden_size
-    common = torch.zeros(hidden)
-    common[0] = 1.0
-    model.model.embed_tokens.weight.add_(0.1 * common)
-    layer = model.model.layers[0].self_attn
+    first, second = (model.model.layers[i].self_attn for i in (0, 1))
+    model.model.embed_tokens.weight[:, 0] += 0.1
     sharp = torch.arange(dim // 2) < dim // 8  # the fast rotations tell neighbours apart
     frequency = model.model.rotary_emb.inv_freq.float()
     for head in range(2):
+        rows = slice(head * dim, (head + 1) * dim)
         angle = -frequency * (head + 1)
-        query = torch.cat([angle.cos() * sharp, angle.sin() * sharp])
-        layer.q_proj.weight[head * dim : (head + 1) * dim] *= 0.1
-        layer.q_proj.weight[head * dim : (head + 1) * dim, 0] = query
-    layer.k_proj.weight[:dim] *= 0.1
-    layer.k_proj.weight[:dim, 0] = torch.cat([sharp.float(), torch.zeros(dim // 2)])
+        first.q_proj.weight[rows] *= 0.1
+        first.q_proj.weight[rows, 0] = torch.cat([angle.cos() * sharp, angle.sin() * sharp])
+    first.k_proj.weight[:dim] *= 0.1
+    first.k_proj.weight[:dim, 0] = torch.cat([sharp.float(), torch.zeros(dim // 2)])
+    written = torch.linalg.qr(torch.randn(hidden, 2 * dim)).Q  # orthonormal columns
+    first.v_proj.weight[:dim] = torch.linalg.qr(torch.randn(hidden, dim)).Q.T
+    first.v_proj.weight[:dim, 0] = 0.0
+    first.o_proj.weight[:, : 2 * dim] = 0.04 * written
+    mixing = torch.linalg.qr(torch.randn(dim, dim)).Q
+    second.q_proj.weight[:dim] = mixing @ written[:, :dim].T
+    second.k_proj.weight[:dim] = mixing @ written[:, dim:].T
 
 
 def logits_at(

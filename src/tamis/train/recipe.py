@@ -56,8 +56,8 @@ class Recipe:
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
     warmup: int = 40
-    decay: float = 0.25
-    text_weight: float = 0.3
+    decay: float = 0.3
+    text_weight: float = 0.5
     first_weight: float = 4.0
 
     def __post_init__(self) -> None:
@@ -68,57 +68,48 @@ class Recipe:
         return asdict(self)
 
 
-_FIRST = {
-    "recital": 0.45,
-    "needle": 0.14,
-    "key_value": 0.14,
-    "dense_key_value": 0.02,
-    "multi_query": 0.04,
-    "multi_value": 0.04,
-    "variables": 0.07,
-    "frequent": 0.05,
-    "text": 0.05,
-}
-
 _SHORT = {
     "recital": 0.08,
-    "needle": 0.24,
-    "key_value": 0.18,
-    "dense_key_value": 0.06,
-    "multi_query": 0.09,
-    "multi_value": 0.11,
-    "multi_value_unnumbered": 0.02,
-    "variables": 0.14,
+    "needle": 0.20,
+    "key_value": 0.14,
+    "dense_key_value": 0.08,
+    "multi_query": 0.08,
+    "multi_value": 0.10,
+    "multi_value_unnumbered": 0.06,
+    "variables": 0.12,
     "frequent": 0.12,
-    "text": 0.06,
+    "text": 0.12,
 }
 
 _LONG = {
-    "needle": 0.22,
-    "key_value": 0.08,
+    "needle": 0.18,
+    "key_value": 0.06,
     "dense_key_value": 0.12,
-    "multi_query": 0.10,
-    "multi_value": 0.12,
-    "multi_value_unnumbered": 0.04,
-    "variables": 0.14,
+    "multi_query": 0.08,
+    "multi_value": 0.10,
+    "multi_value_unnumbered": 0.06,
+    "variables": 0.12,
     "frequent": 0.14,
-    "text": 0.14,
+    "text": 0.18,
 }
 
-_ALL_TASKS = ("needle", "key_value", "multi_query", "multi_value", "variables")
+_LOOK_UPS = ("needle", "key_value", "multi_query", "multi_value", "variables")
 
 
 def cpu_recipe(*, minutes: float | None = None, steps: int | None = None, seed: int = 0) -> Recipe:
-    """About 4 million parameters; an hour or two on two cores. 4,096 tokens
-    per step at first, for the sake of more steps before the retrieval transition, then 8,192."""
+    """About 4 million parameters; an hour or two on two cores.
+
+    4,096 tokens per step until looking-up works, then 8,192.
+    """
     if minutes is None and steps is None:
-        minutes = 100.0
+        minutes = 80.0
     stages = (
-        Stage(256, 16, 0.32, Blend(_FIRST, (0.5, 0.95)), gate=0.95),
-        Stage(512, 16, 0.20, Blend(_SHORT, (0.5, 0.95)), gate=0.95, gated=_ALL_TASKS),
-        Stage(1024, 8, 0.16, Blend(_LONG, (0.3, 0.85))),
-        Stage(2048, 4, 0.16, Blend(_LONG, (0.15, 0.6))),
-        Stage(4096, 2, 0.16, Blend(_LONG, (0.06, 0.4), stretch=32768)),
+        Stage(256, 16, 0.10, Blend(_SHORT, (0.5, 0.95)), gate=0.90, gated=_LOOK_UPS),
+        Stage(512, 16, 0.25, Blend(_SHORT, (0.4, 0.95))),
+        Stage(1024, 8, 0.20, Blend(_LONG, (0.25, 0.8), stretch=32768)),
+        Stage(2048, 4, 0.18, Blend(_LONG, (0.12, 0.6), stretch=32768)),
+        Stage(4096, 2, 0.17, Blend(_LONG, (0.06, 0.4), stretch=32768)),
+        Stage(8192, 1, 0.10, Blend(_LONG, (0.04, 0.3), stretch=32768)),
     )
     return Recipe(Shape(), stages, minutes=minutes, steps=steps, seed=seed)
 
@@ -129,10 +120,10 @@ def gpu_recipe(*, minutes: float | None = None, steps: int | None = None, seed: 
         minutes = 30.0
     shape = Shape(layers=8, hidden=512, heads=8, kv_heads=2, head_dim=64, feed_forward=1408)
     stages = (
-        Stage(256, 64, 0.15, Blend(_FIRST, (0.5, 0.95)), gate=0.97),
-        Stage(512, 64, 0.15, Blend(_SHORT, (0.5, 0.95)), gate=0.97, gated=_ALL_TASKS),
-        Stage(1024, 64, 0.20, Blend(_LONG, (0.3, 0.85))),
+        Stage(256, 64, 0.05, Blend(_SHORT, (0.5, 0.95)), gate=0.95, gated=_LOOK_UPS),
+        Stage(512, 64, 0.20, Blend(_SHORT, (0.4, 0.95))),
+        Stage(1024, 64, 0.20, Blend(_LONG, (0.25, 0.8), stretch=32768)),
         Stage(4096, 32, 0.30, Blend(_LONG, (0.06, 0.4), stretch=32768)),
-        Stage(16384, 8, 0.20, Blend(_LONG, (0.02, 0.2), stretch=32768)),
+        Stage(16384, 8, 0.25, Blend(_LONG, (0.02, 0.2), stretch=32768)),
     )
     return Recipe(shape, stages, minutes=minutes, steps=steps, seed=seed, matrix_lr=0.01)

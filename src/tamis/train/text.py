@@ -47,7 +47,9 @@ class TokenText:
 
 def tokenize_files(files: Sequence[SourceFile], tokenizer: Tokenizer) -> TokenText:
     """Tokenize a split once; nothing else of the text is tokenized again during training."""
-    newline, end = tokenizer.token_to_id(NEWLINE), tokenizer.token_to_id(EOS)
+    newline, end = (tokenizer.token_to_id(token) for token in (NEWLINE, EOS))
+    if newline is None or end is None:
+        raise ValueError(f"the tokenizer lacks {NEWLINE!r} or {EOS!r}; use train_tokenizer's")
     pieces: list[np.ndarray] = []
     for encoded in tokenizer.encode_batch([file.text for file in files], add_special_tokens=False):
         pieces.append(np.asarray([*encoded.ids, end], np.int64))
