@@ -58,8 +58,8 @@ def load_model(
     torch_dtype = parse_dtype(dtype, device)
     register()
     name = str(path_or_name)
+    directory = _directory(name, trust_remote_code)  # a download shows its progress
     with _quiet():
-        directory = _directory(name, trust_remote_code)
         config = _load_config(directory, trust_remote_code)
         check_supported(config, name)
         _check_weights(directory)
