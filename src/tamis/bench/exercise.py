@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tamis.bench.tasks.samples import Sample
 
@@ -46,6 +48,11 @@ class Exercise:
     phrasing: str | None = None
     completion: bool = False
     source: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of the prompt's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
 
     def answer_tokens(self, count: Callable[[str], int]) -> int:
         """The most tokens of an answer, with `count` giving the tokens of a text."""

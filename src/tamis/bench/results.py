@@ -14,7 +14,7 @@ from tamis.errors import ConfigError
 class Answer:
     """What one plan made of one exercise. Sizes in bytes, as in `RequestMetrics`.
 
-    `score` and `exact` are None where the request failed; `error` says why then.
+    `prompt_digest` tells prompts apart without holding them. `score` and `exact` are None where the request failed; `error` says why then.
     """
 
     plan: str
@@ -25,6 +25,7 @@ class Answer:
     depth: float | None
     kind: str | None
     phrasing: str | None
+    prompt_digest: str
     prompt_tokens: int
     output_tokens: int
     expected: list[str]

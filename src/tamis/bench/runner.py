@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from tamis.bench.completed import Order, as_completed
@@ -58,7 +59,7 @@ class Work:
 
     Attributes:
         exercises: all of them. `plans`: by the name they have in results.
-        done: keys of the answers that are already there.
+        done: keys of the answers that are already there, each with the digest of its prompt.
     """
 
     exercises: Sequence[Exercise]
@@ -69,7 +70,7 @@ class Work:
         """The pairs of plan and exercise left, cell by cell, short documents first."""
         for exercise in sorted(self.exercises, key=_cell_order):
             for plan in self.plans:
-                if _key(plan, exercise) not in self.done:
+                if (*_key(plan, exercise), exercise.digest) not in self.done:
                     yield plan, exercise
 
     @property
@@ -81,8 +82,11 @@ class Work:
 def open_work(
     exercises: Sequence[Exercise], plans: dict[str, Plan], answers: Iterable[Answer]
 ) -> Work:
-    """The work left where some answers are there; those that failed are tried again."""
-    done = frozenset(answer.key for answer in answers if answer.error is None)
+    """The work left where some answers are there.
+
+    What failed is tried again, and what was another prompt then (a file has changed) is answered.
+    """
+    done = frozenset((*a.key, a.prompt_digest) for a in answers if a.error is None)
     return Work(exercises, plans, done)
 
 
@@ -123,9 +127,10 @@ def run_answers(
         Order((name, exercise), *_request(llm, exercise, prompting), work.plans[name])
         for name, exercise in work
     )
-    for (plan, exercise), output in as_completed(llm, orders):
-        file.append(_answer(plan, exercise, output))
-        advance(len(exercise.text))
+    with closing(as_completed(llm, orders)) as completed:  # frees the pages of a run cut short
+        for (plan, exercise), output in completed:
+            file.append(_answer(plan, exercise, output))
+            advance(len(exercise.text))
 
 
 def _request(
@@ -149,6 +154,7 @@ def _answer(plan: str, exercise: Exercise, output: RequestOutput) -> Answer:
         depth=exercise.depth,
         kind=exercise.kind,
         phrasing=exercise.phrasing,
+        prompt_digest=exercise.digest,
         prompt_tokens=output.metrics.prompt_tokens,
         output_tokens=output.metrics.output_tokens,
         expected=list(exercise.expected),
