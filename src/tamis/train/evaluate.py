@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -174,8 +174,13 @@ def card_suites(seed: int = 99, *, quick: bool = False) -> list[Suite]:
     ]
 
 
-def evaluate_folder(folder: Path, *, quick: bool = False) -> Path:
-    """Evaluate the model in `folder`, and write `evaluation.json` there as results come in."""
+def evaluate_folder(
+    folder: Path, *, quick: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """Evaluate the model in `folder`, and write `evaluation.json` there as results come in.
+
+    `say` gets one line per result.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     path = folder / "evaluation.json"
@@ -189,10 +194,10 @@ def evaluate_folder(folder: Path, *, quick: bool = False) -> Path:
     for one in evaluate(model, tokenizer, card_suites(quick=quick)):
         scores.append(one)
         kinds = " ".join(f"{k}:{v[0]:.2f}" for k, v in (one.by_kind | one.by_phrasing).items())
-        print(f"{one.task:24} {one.length:6} {one.exact:6.1%}  n={one.count}  {kinds}", flush=True)
+        say(f"{one.task:24} {one.length:6} {one.exact:6.1%}  n={one.count}  {kinds}")
         save()
     for length, windows in _WINDOWS[:1] if quick else _WINDOWS:
         ppl.append(perplexity(model, tokenizer, length, windows))
-        print(f"held-out perplexity {length:6} {ppl[-1].perplexity:.2f}", flush=True)
+        say(f"held-out perplexity {length:6} {ppl[-1].perplexity:.2f}")
         save()
     return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,9 +122,15 @@ def _processor() -> str:
 app = typer.Typer(help="Train the reference model, export it, evaluate it.", no_args_is_help=True)
 
 
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run; an old one is gone on with.")]
+ModelFolder = Annotated[Path, typer.Option(help="Model directory.")]
+_RUN, _MODEL = Path("out/reference"), Path("models/reference")
+
+
 @app.command("train")
 def train_command(
-    run: Annotated[Path, typer.Option(help="Folder of the run; an existing one is gone on with.")],
+    run: RunFolder = _RUN,
+    out: ModelFolder = _MODEL,
     minutes: Annotated[float | None, typer.Option(help="Budget, in active minutes.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget, in steps, instead.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
@@ -134,20 +139,22 @@ def train_command(
     workers: Annotated[int, typer.Option(help="Processes that compose batches.")] = 1,
     mirror: Annotated[Path | None, typer.Option(help="Second folder for checkpoints.")] = None,
 ) -> None:
-    """Train; a larger model where there is a GPU."""
+    """Train the reference model, a larger one where there is a GPU; export and evaluate it.
+
+    Ctrl-C saves; the same command goes on where it stopped.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     make = gpu_recipe if device.startswith("cuda") else cpu_recipe
     recipe = make(minutes=minutes, steps=steps, seed=seed)
-    done = train(run, recipe, device=device, threads=threads, workers=workers, mirror=mirror)
-    sys.exit(0 if done else 130)
+    if not train(run, recipe, device=device, threads=threads, workers=workers, mirror=mirror):
+        raise typer.Exit(130)
+    export_command(run, out)
+    evaluate_command(out)
 
 
 @app.command("export")
-def export_command(
-    run: Annotated[Path, typer.Option(help="Folder of the run.")],
-    out: Annotated[Path, typer.Option(help="Model directory to write.")] = Path("models/reference"),
-) -> None:
+def export_command(run: RunFolder = _RUN, out: ModelFolder = _MODEL) -> None:
     """Write the last checkpoint as a 🤗 model directory; works while training goes on."""
     export(run, out)
     typer.echo(f"wrote {out}")
@@ -155,11 +162,11 @@ def export_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    model: Annotated[Path, typer.Option(help="Model directory.")] = Path("models/reference"),
+    model: ModelFolder = _MODEL,
     quick: Annotated[bool, typer.Option(help="A few samples of each task only.")] = False,
 ) -> None:
     """Measure the model-card scores, and renew the card with them."""
-    evaluate_folder(model, quick=quick)
+    evaluate_folder(model, quick=quick, say=typer.echo)
     card.write(model)
 
 
