@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -29,7 +29,9 @@ class Order(Generic[T]):
     plan: Plan
 
 
-def as_completed(llm: LLM, orders: Iterable[Order[T]]) -> Iterator[tuple[T, RequestOutput]]:
+def as_completed(
+    llm: LLM, orders: Iterable[Order[T]]
+) -> Generator[tuple[T, RequestOutput], None, None]:
     """Run all orders, yielding each one's tag and output when it ends; closing frees all pages.
 
     A request that failed while running has finish_reason "error".

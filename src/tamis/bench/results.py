@@ -14,7 +14,8 @@ from tamis.errors import ConfigError
 class Answer:
     """What one plan made of one exercise. Sizes in bytes, as in `RequestMetrics`.
 
-    `prompt_digest` tells prompts apart without holding them. `score` and `exact` are None where the request failed; `error` says why then.
+    `prompt_digest` tells prompts apart without holding them. `score` and `exact` are None where the
+    request failed; `error` says why then.
     """
 
     plan: str
