@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tamis import LLM, AsyncLLM, Plan, SamplingParams
 from tamis.errors import KVMemoryError, PlanError, RequestError
@@ -176,6 +177,42 @@ def test_without_a_tokenizer_prompts_are_ids(tmp_path: Path, tiny_dir: Callable)
         llm.generate([[1]], SamplingParams(stop="x"))
     with pytest.raises(RequestError, match="no chat template"):
         llm.encode_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 7, 2048])
+def test_prompts_are_scored_as_by_transformers(
+    tiny_dir: Callable[[str], Path], tiny_model: Callable, max_batch_tokens: int
+) -> None:
+    llm = LLM(tiny_dir("llama"), **settings(max_batch_tokens=max_batch_tokens))
+    prompts = [llm.encode("a text of some length"), llm.encode("x"), [5]]
+    params = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=3)
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        logits = tiny_model("llama")(torch.tensor([prompt])).logits[0]
+        expected = logits.detach().log_softmax(-1)[:-1]
+        first, *scored = output.prompt_logprobs or []
+        assert first is None
+        assert [entry.token_id for entry in scored] == prompt[1:]
+        for entry, row in zip(scored, expected, strict=True):
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+            assert [i for i, _ in entry.top] == row.topk(3).indices.tolist()
+    assert llm.generate("x", PARAMS)[0].prompt_logprobs is None
+
+
+def test_a_preempted_prompt_is_scored_once(llm: LLM) -> None:
+    """Prompts that are longer than the room for two of them, computed again after preemption."""
+    prompts = [[i % 200 for i in range(n, n + 90)] for n in range(3)]
+    params = SamplingParams(max_tokens=40, ignore_eos=True, prompt_logprobs=0)
+    free = [output.prompt_logprobs for output in llm.generate(prompts, params)]
+    room = llm.engine.cache.required_bytes(200, chunk=16)
+    tight = LLM(llm.model, kv_memory=room, max_batch_tokens=16, page_size=4)
+    outputs = tight.generate(prompts, params)
+    assert tight.engine.stats.preemptions > 0
+    for output, expected in zip(outputs, free, strict=True):
+        assert output.prompt_logprobs is not None
+        assert expected is not None
+        assert [p and p.token_id for p in output.prompt_logprobs] == [
+            p and p.token_id for p in expected
+        ]
 
 
 def test_metrics_say_what_happened(llm: LLM) -> None:

@@ -43,6 +43,7 @@ class SamplingParams:
         logprobs: None returns none; k ≥ 0 returns the log-probability of each chosen token and
             of the k most probable ones, under the model's own distribution: before penalties,
             bias, temperature and truncation.
+        prompt_logprobs: the same for the tokens of the prompt, each under the tokens before it.
         n: how many outputs to generate from the prompt, ≥ 1.
     """
 
@@ -62,6 +63,7 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -88,7 +90,8 @@ class SamplingParams:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         self._set("seed", _optional_integer("seed", self.seed, None))
         self._set("logit_bias", _bias(self.logit_bias))
-        self._set("logprobs", _optional_integer("logprobs", self.logprobs, 0))
+        for name in ("logprobs", "prompt_logprobs"):
+            self._set(name, _optional_integer(name, getattr(self, name), 0))
         self._set("n", _integer("n", self.n, 1))
 
     def _set(self, name: str, value: object) -> None:
@@ -107,7 +110,7 @@ class SamplingParams:
 
         Raises:
             RequestError: a token id in `stop_token_ids` or `logit_bias` is not in the vocabulary,
-                or `logprobs` asks for more tokens than it has.
+                or `logprobs` or `prompt_logprobs` asks for more tokens than it has.
         """
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
@@ -119,10 +122,10 @@ class SamplingParams:
                         f"{name} names token {token_id}; this model's token ids are "
                         f"0 to {vocab_size - 1}"
                     )
-        if self.logprobs is not None and self.logprobs > vocab_size:
-            raise RequestError(
-                f"logprobs is {self.logprobs}; this model has only {vocab_size} tokens"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(self, name)
+            if wanted is not None and wanted > vocab_size:
+                raise RequestError(f"{name} is {wanted}; this model has only {vocab_size} tokens")
 
 
 def _integer(name: str, value: object, low: int | None) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from tamis.cache import BatchView, CacheLayout, LayerShape, PagedCache
 from tamis.engine.attend import StepAttention
+from tamis.engine.flat import FlatBatch, as_logprob
 from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
 from tamis.engine.sampler import Sampled, SamplerState, sample
 from tamis.engine.scheduler import Preemption, Scheduler, Work
@@ -206,52 +207,41 @@ class Engine:
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
         """The model's logits [sequences that reach their last token, vocab], fp32."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        rope_lengths: list[int] = []
-        logits_at: list[int] = []
         now = time.perf_counter()
-        for sequence, n in work:
-            begin, end = sequence.n_computed, sequence.n_computed + n
-            tokens += sequence.tokens[begin:end]
-            positions += range(begin, end)
-            if self.model.dynamic_rope:
-                least = len(sequence.request.prompt_ids)
-                if self.model.switch_length is not None:
-                    least = len(sequence.tokens)
-                rope_lengths += (max(position + 1, least) for position in range(begin, end))
-            if end == len(sequence.tokens):
-                logits_at.append(len(tokens) - 1)
-            if sequence.request.started_s is None:
-                sequence.request.started_s = now
-        device = self.cache.arena.data.device
         sequences = [item.sequence for item in work]
         counts = [item.n_tokens for item in work]
         caches = [s.cache for s in sequences if s.cache is not None]
-        position = torch.tensor(positions, dtype=torch.int32, device=device)
+        requests = {sequence.request for sequence in sequences}
+        for request in requests:
+            request.started_s = request.started_s or now
+        flat = FlatBatch.of(work, self.model)
+        device = self.cache.arena.data.device
+        position = torch.tensor(flat.positions, dtype=torch.int32, device=device)
         view = BatchView(self.cache, caches, counts, position)
         attend = StepAttention(view, counts, position)
         inputs = (
-            torch.tensor(tokens, device=device),
+            torch.tensor(flat.tokens, device=device),
             position.long(),
-            torch.tensor(logits_at, dtype=torch.long, device=device),
+            torch.tensor(flat.sample_at + flat.score_at, dtype=torch.long, device=device),
         )
-        rope = torch.tensor(rope_lengths, device=device) if self.model.dynamic_rope else None
+        rope = torch.tensor(flat.rope_lengths, device=device) if self.model.dynamic_rope else None
         began = time.perf_counter()
         logits = self.model.forward(*inputs, attend, rope)
         self.stats.forward_s += time.perf_counter() - began
-        for sequence, n in work:
-            assert sequence.cache is not None
-            sequence.cache.advance(n)
+        for sequence, cache, n in zip(sequences, caches, counts, strict=True):
+            cache.advance(n)
             sequence.n_computed += n
-        for request in {sequence.request for sequence in sequences}:
+        for request in requests:
             self._measure(request)
         for cache in caches:
             cache.trim()
         decoded = counts.count(1)
         self.stats.decode_tokens += decoded
-        self.stats.prefill_tokens += len(tokens) - decoded
-        return logits
+        self.stats.prefill_tokens += len(flat.tokens) - decoded
+        n_sampled = len(flat.sample_at)
+        if flat.scored:
+            flat.score(logits[n_sampled:])
+        return logits[:n_sampled]
 
     def _extend(self, work: list[Work], logits: torch.Tensor) -> list[Increment]:
         """Sample for every sequence whose last token was computed; fork after the prompt."""
@@ -306,9 +296,8 @@ class Engine:
         request.first_token_s = request.first_token_s or now
         request.last_token_s = now
         logprobs: tuple[TokenLogprob, ...] = ()
-        if params.logprobs is not None and sampled.logprob is not None:
-            top = tuple(sampled.top_logprobs or ())
-            logprobs = (TokenLogprob(token, sampled.logprob, top),)
+        if params.logprobs is not None:
+            logprobs = (as_logprob(sampled),)
             sequence.logprobs += logprobs
         ends = sequence.n_output >= params.min_tokens and token in sequence.sampler.stop_ids
         text = ""

@@ -86,12 +86,17 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request; `text`, `token_ids`, ... are those of its first completion."""
+    """A finished request; `text`, `token_ids`, ... are those of its first completion.
+
+    `prompt_logprobs`, where they were asked for, has an entry per prompt token; None for the
+    first, which no token precedes.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     completions: list[Completion] = field(repr=False)
     metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprob | None] | None = field(default=None, repr=False)
 
     @property
     def text(self) -> str:

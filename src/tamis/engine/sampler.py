@@ -188,7 +188,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled
     if reporting:
         counts = [states[i].params.logprobs or 0 for i in reporting]
         ids = [token_ids[i] for i in reporting]
-        reported = _with_logprobs(_rows(logits, reporting), ids, counts)
+        reported = with_logprobs(_rows(logits, reporting), ids, counts)
         for i, result in zip(reporting, reported, strict=True):
             results[i] = result
     return results
@@ -278,8 +278,16 @@ def _adjust(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tenso
     return adjusted
 
 
-def _with_logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[Sampled]:
-    """Results for the chosen `token_ids` of `logits` [m, vocab], with `counts[i]` top tokens."""
+def with_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]
+) -> list[Sampled]:
+    """Given tokens with their log-probabilities.
+
+    Args:
+        logits: fp32 [m, vocab], the model's own.
+        token_ids: one token per row.
+        counts: how many of the most probable tokens to report per row.
+    """
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     tops: list[list[tuple[int, float]]] = [[] for _ in counts]

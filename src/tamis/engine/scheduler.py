@@ -154,7 +154,7 @@ class Scheduler:
         sequences for their pages; the number of tokens. A sequence that is itself the newest
         keeps its pages and waits a step."""
         assert sequence.cache is not None
-        n = min(budget, sequence.n_pending)
+        n = min(budget, sequence.n_pending, sequence.max_chunk)
         while n > 0:
             try:
                 sequence.cache.reserve(n)

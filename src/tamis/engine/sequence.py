@@ -19,6 +19,9 @@ from tamis.engine.text import TextStream
 from tamis.plan import Plan
 from tamis.sampling import SamplingParams
 
+_SCORED_CHUNK = 256
+"""Tokens of one step of a prompt that is scored: 256 rows of 128k fp32 logits are 128 MiB."""
+
 
 class Status(Enum):
     """Where a sequence stands; the scheduler alone changes it, but for FINISHED."""
@@ -67,6 +70,12 @@ class Sequence:
         return len(self.tokens) - self.n_computed
 
     @property
+    def max_chunk(self) -> int:
+        """The most tokens of one step: few, where each of them has logits of the vocabulary."""
+        scored = self.request.to_score(self.n_computed, len(self.tokens))
+        return _SCORED_CHUNK if scored else len(self.tokens)
+
+    @property
     def output_ids(self) -> list[int]:
         return self.tokens[len(self.request.prompt_ids) :]
 
@@ -104,6 +113,7 @@ class Request:
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     kv_bytes: int = 0
     kv_bytes_peak: int = 0
     preemptions: int = 0
@@ -111,6 +121,14 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    def to_score(self, begin: int, end: int) -> range:
+        """Which of the positions begin..end - 1, when they are computed, tell the log-probability
+        of a prompt token that is wanted and not yet known."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        known = len(self.prompt_logprobs)
+        return range(max(begin, known - 1), min(end, len(self.prompt_ids) - 1))
 
     @property
     def n_longest(self) -> int:
@@ -136,4 +154,5 @@ class Request:
             preemptions=self.preemptions,
         )
         completions = [sequence.completion() for sequence in self.sequences]
-        return RequestOutput(self.id, list(self.prompt_ids), completions, metrics)
+        scored = self.prompt_logprobs if self.params.prompt_logprobs is not None else None
+        return RequestOutput(self.id, list(self.prompt_ids), completions, metrics, scored)
