@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tamis import shipped
 from tests import tiny_models
 
 
@@ -38,3 +39,23 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def tiny_model() -> Callable[[str], PreTrainedModel]:
     """`tiny_model(name)` is Transformers' own model, fp32, eager attention, built once."""
     return cache(tiny_models.build)
+
+
+@pytest.fixture
+def nothing_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a copy of tamis that came without the reference model."""
+    monkeypatch.setattr(shipped, "PLACES", ())
+
+
+@pytest.fixture
+def ships(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Path]:
+    """`ships(directory)` makes that model the one that ships, in the folder that is returned."""
+
+    def place(directory: Path) -> Path:
+        folder = tmp_path / "models" / shipped.REFERENCE
+        folder.parent.mkdir()
+        folder.symlink_to(directory, target_is_directory=True)
+        monkeypatch.setattr(shipped, "PLACES", (tmp_path / "elsewhere", folder.parent))
+        return folder
+
+    return place

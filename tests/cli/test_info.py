@@ -56,7 +56,7 @@ def test_the_longest_request_fits_and_no_longer_one(tamis: Tamis, llama: Path) -
     assert engine.layout.bytes_for(longest + 1) > engine.cache.capacity_bytes
 
 
-def test_without_a_model_it_describes_the_machine(tamis: Tamis) -> None:
+def test_without_a_model_it_describes_the_machine(tamis: Tamis, nothing_ships: None) -> None:
     report = json.loads(tamis("info", "--json").stdout)
     text = tamis("info").stdout
 
@@ -70,7 +70,7 @@ def test_without_a_model_it_describes_the_machine(tamis: Tamis) -> None:
     assert "reference" in text
 
 
-def test_rates_are_measured_on_request(tamis: Tamis) -> None:
+def test_rates_are_measured_on_request(tamis: Tamis, nothing_ships: None) -> None:
     rates = json.loads(tamis("info", "--measure", "--json").stdout)["measured"]
 
     assert set(rates) == {"read_bytes_per_s", "matmul_fp32_flops", "matmul_bf16_flops"}

@@ -13,9 +13,11 @@ from typer.core import TyperGroup
 
 from tamis import __version__
 from tamis.cli import terminal
+from tamis.cli.bench import bench
 from tamis.cli.demo import demo
 from tamis.cli.info import info
 from tamis.cli.run import run
+from tamis.cli.train import train
 from tamis.errors import TamisError
 
 
@@ -48,6 +50,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(info)
 app.command()(demo)
+app.command()(bench)
+app.add_typer(train)
 
 
 def _print_version(wanted: bool) -> None:
@@ -68,8 +72,7 @@ def tamis(
 ) -> None:
     """Run long prompts through a language model, with exact attention on per-head KV pages.
 
-    Start with `tamis demo`, which needs no model, or with
-    `tamis run --model DIR --prompt-file FILE --question TEXT`.
+    Start with `tamis demo`, or with `tamis run --model DIR --prompt-file FILE --question TEXT`.
     Each command explains its options: `tamis run --help`.
     """
     if ctx.invoked_subcommand is None:

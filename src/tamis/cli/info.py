@@ -34,7 +34,7 @@ def info(
 ) -> None:
     """Describe a model (its layers and what its KV cache takes) and this machine.
 
-    Without --model, only the machine.
+    Without --model, it is the model that ships with tamis, or only the machine without that.
     """
     from tamis.cli.machine import measure_rates, this_machine
 

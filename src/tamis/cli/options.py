@@ -6,13 +6,56 @@ from typing import Annotated
 
 import typer
 
-from tamis.cli.terminal import set_debugging
+from tamis import shipped
+from tamis.cli.terminal import say, set_debugging
+from tamis.errors import ModelError
 
-MODEL_HELP = "Model directory in Hugging Face format (config, safetensors, tokenizer), or hub name."
 
-Model = Annotated[str, typer.Option("--model", "-m", metavar="DIR", help=MODEL_HELP)]
+def _or_default(model: str | None) -> str | None:
+    """`model`, or the reference model where it ships with this copy of tamis; stderr says so."""
+    if model is not None or shipped.find() is None:
+        return model
+    say(f"model: {shipped.REFERENCE}, the small one that ships with tamis (--model for another)")
+    return shipped.REFERENCE
 
-OptionalModel = Annotated[str | None, typer.Option("--model", "-m", metavar="DIR", help=MODEL_HELP)]
+
+def _some_model() -> str:
+    model = _or_default(None)
+    if model is None:
+        raise ModelError(
+            "no model is given, and none ships with this copy of tamis; give --model DIR"
+        )
+    return model
+
+
+MODEL_HELP = (
+    "Model directory in Hugging Face format (config, safetensors, tokenizer), hub name, or "
+    f"{shipped.REFERENCE}: the model that ships with tamis."
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR",
+        help=MODEL_HELP,
+        default_factory=_some_model,
+        show_default=shipped.REFERENCE,
+    ),
+]
+
+OptionalModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR",
+        help=MODEL_HELP,
+        callback=_or_default,
+        show_default=f"{shipped.REFERENCE}, if it is there",
+    ),
+]
 
 Plan = Annotated[
     str, typer.Option(metavar="PLAN", help="What becomes of the KV cache; dense keeps all of it.")

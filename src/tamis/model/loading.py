@@ -27,6 +27,7 @@ from tamis.model.interface import NAME, register
 from tamis.model.model import Model
 from tamis.model.support import check_supported
 from tamis.platform import parse_dtype
+from tamis.shipped import locate
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -43,8 +44,9 @@ def load_model(
     """Load a decoder-only model, ready for `Model.forward`.
 
     Args:
-        path_or_name: a directory in Transformers' format, or the name of a hub repository, which
-            is looked up and kept by the hub's own cache rules (HF_HOME, HF_HUB_OFFLINE, ...).
+        path_or_name: a directory in Transformers' format; "reference", the model that ships with
+            tamis; or the name of a hub repository, which is looked up and kept by the hub's own
+            cache rules (HF_HOME, HF_HUB_OFFLINE, ...).
         dtype: of the weights; "auto" is the fastest the device computes in.
         device: "auto" is CUDA where there is one, else the CPU.
         trust_remote_code: whether Python code that comes with the model may run.
@@ -54,11 +56,11 @@ def load_model(
         UnsupportedModelError: it is sound, but cannot run on per-head KV pages.
         ConfigError: unknown dtype or device.
     """
-    device = _parse_device(device)
+    device = parse_device(device)
     torch_dtype = parse_dtype(dtype, device)
     register()
     name = str(path_or_name)
-    directory = _directory(name, trust_remote_code)  # a download shows its progress
+    directory = _directory(locate(path_or_name), trust_remote_code)  # a download shows its progress
     with _quiet():
         config = _load_config(directory, trust_remote_code)
         check_supported(config, name)
@@ -68,7 +70,12 @@ def load_model(
         return Model(hf.to(device), tokenizer, name)
 
 
-def _parse_device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: it is not available here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
