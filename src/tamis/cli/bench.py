@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tamis import __version__
 from tamis.cli import options, terminal
+from tamis.cli.reporting import missing_libraries, record_of
 from tamis.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tamis.bench.record import Record, Settings
     from tamis.bench.results import Answer, ResultFile, Timing
     from tamis.bench.runner import Prompting, Work
     from tamis.bench.speed import SpeedWork
@@ -114,7 +108,9 @@ def bench(
 
     Example: tamis bench --model DIR --tasks single,multi_key --lengths 1k,4k --samples 20
     """
-    _need_report_libraries()
+    missing = missing_libraries()
+    if missing is not None:
+        raise ConfigError(missing)
     from tamis.bench.lists import parse_choices, parse_lengths, parse_names, parse_plans
     from tamis.bench.record import Settings
     from tamis.bench.report import check_writable, write_report
@@ -168,7 +164,7 @@ def bench(
         truncate=truncate,
         new_tokens=_NEW_TOKENS,
     )
-    record = _record(settings)
+    record = record_of(settings)
     prompting = Prompting(chat, truncate)
     with (
         ResultFile(out / "answers.jsonl", Answer) as answers,
@@ -221,41 +217,3 @@ def _run(
             "the same command goes on with them"
         )
         raise
-
-
-def _record(settings: Settings) -> Record:
-    """The record of this run on this machine, now."""
-    import torch
-    import transformers
-
-    from tamis.bench.record import Record
-    from tamis.cli.machine import this_machine
-    from tamis.platform import format_bytes
-
-    machine = this_machine()
-    facts = {
-        "processor": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used",
-        "instruction sets": ", ".join(machine.instruction_sets) or "none of those kernels look for",
-        "memory": format_bytes(machine.memory),
-        "GPUs": ", ".join(machine.gpus) or "none",
-        "attention": ", ".join(name for name, runs in machine.backends.items() if runs),
-        "system": platform.platform(),
-    }
-    versions = {
-        "tamis": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "Python": platform.python_version(),
-    }
-    command = shlex.join(["tamis", *sys.argv[1:]])
-    return Record(settings, facts, versions, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", command)
-
-
-def _need_report_libraries() -> None:
-    """Raise ConfigError where the report could not be made at the end."""
-    missing = [name for name in ("jinja2", "plotly") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"the report needs {' and '.join(missing)}; install what bench needs with: "
-            "pip install 'tamis[bench]'"
-        )
