@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from tamis import LLM
 from tamis.bench.record import Record, Settings
-from tamis.bench.results import Answer, Timing
+from tamis.bench.results import Answer, Reading, Timing
 
 SETTINGS = Settings(
     model="somewhere/tiny-model",
@@ -51,6 +52,23 @@ def answer(plan: str = "dense", **values: Any) -> Answer:
         "kv_bytes_dense": size,
     }
     return Answer(plan=plan, **given | values)
+
+
+def reading(plan: str = "dense", **values: Any) -> Reading:
+    """A window of 2 MiB, its second half read with a perplexity of 8; `values` change it."""
+    size = 2 * 2**20
+    given: dict[str, Any] = {
+        "length": 1024,
+        "sample": 0,
+        "prompt_digest": "0123456789ab",
+        "scored_tokens": 512,
+        "nats": 512 * math.log(8),
+        "perplexity": 8.0,
+        "kv_bytes": size,
+        "kv_bytes_peak": size,
+        "kv_bytes_dense": size,
+    }
+    return Reading(plan=plan, **given | values)
 
 
 def timing(plan: str = "dense", **values: Any) -> Timing:

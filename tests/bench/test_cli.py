@@ -61,6 +61,7 @@ def test_a_run_leaves_answers_timings_a_table_and_a_report(
     assert [(t["length"], t["repeat"]) for t in timings] == [(128, 0), (128, 1), (200, 0), (200, 1)]
     for word in ("dense", "single", "key_value", "first token", "each token", "KV peak, MiB"):
         assert word in result.stdout
+    assert "perplexity" not in result.stdout
     assert result.stderr.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "KV memory over time" in html
@@ -77,13 +78,32 @@ def test_the_same_command_goes_on_and_a_longer_one_adds(tamis_bench: Bench, tmp_
 
     result = tamis_bench(*SMALL, "--no-speed")
 
-    assert "going on with 7 answers and 0 timings" in result.stderr
+    assert "going on with 7 answers in" in result.stderr
     assert sorted(map(str, lines(path))) == sorted(map(str, whole))
     more = tamis_bench(*SMALL, "--no-speed", "--lengths", "128,200,300")
     assert more.exit_code == 0, more.output
     assert lines(path)[: len(whole)] == lines(path)[:-4]
     assert {line["length"] for line in lines(path)[-4:]} == {300}
     assert not (tmp_path / "out" / "timings.jsonl").read_bytes()
+
+
+def test_perplexity_is_a_task_with_results_of_its_own(tamis_bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "perplexity.jsonl"
+    command = ("--tasks", "single,perplexity", "--lengths", "128,200", "--samples", "2")
+    result = tamis_bench(*command, "--no-speed")
+
+    assert result.exit_code == 0, result.output
+    read = lines(path)
+    assert sorted((r["length"], r["sample"], r["scored_tokens"]) for r in read) == [
+        (length, sample, length // 2) for length in (128, 200) for sample in (0, 1)
+    ]
+    assert {a["task"] for a in lines(tmp_path / "out" / "answers.jsonl")} == {"single"}
+    assert "perplexity of held-out text" in result.stdout
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Perplexity of held-out text</h2>" in html
+    again = tamis_bench(*command, "--no-speed")
+    assert "going on with 4 answers, 4 windows read in" in again.stderr
+    assert lines(path) == read
 
 
 def test_other_settings_want_another_folder(tamis_bench: Bench) -> None:
@@ -107,10 +127,11 @@ def test_published_files_are_run_alone_unless_tasks_are_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "singel"), "there is no task 'singel'"),
+        (("--tasks", "singel"), "--tasks has 'singel'; it takes one or more of single, multi_key"),
         (("--lengths", "1x"), "'1x' is no length in tokens"),
         (("--lengths", "505", "--tasks", "single"), "the model's context is 512"),
         (("--lengths", "500", "--tasks", ""), "the model's context of 512"),
+        (("--lengths", "512", "--tasks", "perplexity"), "lengths from 2 to 511 tokens"),
         (("--plans", "dense; snapkvv"), "snapkvv"),
         (("--kinds", "colour"), "--kinds has 'colour'"),
         (("--haystack", "/nonexistent/text"), "cannot read the haystack /nonexistent/text"),
@@ -173,8 +194,7 @@ def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(
     assert process.returncode == 130, said
     kept = len(lines(path))
     assert 0 < kept < 150
-    assert f"{kept} answers and 0 timings are kept in {out}" in said
-    assert "the same command goes on with them" in said
+    assert f"{kept} answers in {out}; the same command goes on with what is left" in said
 
     resumed = tamis_bench(*many)
     assert f"going on with {kept} answers" in resumed.stderr

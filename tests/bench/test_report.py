@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from tamis.bench.record import Record
 from tamis.bench.report import check_writable, render, write_report
 from tamis.bench.summary import Summary
 from tamis.errors import ConfigError
-from tests.bench.conftest import answer, timing
+from tests.bench.conftest import answer, reading, timing
 
 PLANS = ("dense", "snapkv(budget=0.25)", "</script><b>odd & %{x}</b>")
 SHARES = (1.0, 0.25, 0.5)
@@ -22,7 +23,7 @@ SCORES = (1.0, 0.75, 0.25)
 
 
 def results(plans: tuple[str, ...] = PLANS) -> Summary:
-    answers, timings = [], []
+    answers, readings, timings = [], [], []
     for plan, share, score in zip(plans, SHARES, SCORES, strict=False):
         for length in (1024, 4096):
             size = 2048 * length
@@ -41,10 +42,14 @@ def results(plans: tuple[str, ...] = PLANS) -> Summary:
                     )
                     for task in ("single", "frequent")
                 ]
+            nats = 512 * math.log(8 / score)
+            readings.append(
+                reading(plan, length=length, nats=nats, kv_bytes_peak=int(share * size))
+            )
             timings += [
                 timing(plan, length=length, repeat=i, ttft_s=share * (1 + i / 10)) for i in range(3)
             ]
-    return Summary(answers, timings, first=plans)
+    return Summary(answers, timings, readings, first=plans)
 
 
 class Page(HTMLParser):
@@ -97,6 +102,7 @@ def test_every_plan_is_in_every_section(html: str) -> None:
     assert [title[1] for title in titles if title] == [
         "At a glance",
         "Scores",
+        "Perplexity of held-out text",
         "Quality against KV memory",
         "Quality against time to first token",
         "Quality against time per output token",
@@ -137,6 +143,8 @@ def test_the_numbers_under_the_figures_are_those_of_the_results(html: str) -> No
     assert memory[1][:4] == ["snapkv(budget=0.25)", "1k", "75.0", "0.500"]
     assert memory[1][-1] == "yes"
     assert memory[2][-1] == "no"  # worse than snapkv, and larger
+    perplexity = cells(html, "Perplexity of held-out text")
+    assert perplexity[1][1:5] == ["1k", "10.67", "512", "1"]
     first = cells(html, "Quality against time to first token")
     assert first[1][3:5] == ["275 ms", "250 ms … 300 ms"]
     depth = cells(html, "Needle depth by length")
@@ -158,6 +166,25 @@ def test_one_plan_alone_without_timings_or_without_answers(record: Record) -> No
     speed_only = render(record, Summary([], whole.timings), 5)
     assert "Needle depth" not in speed_only
     assert cells(speed_only, "At a glance")[0][2] == "1.00×"  # noqa: RUF001
+
+
+def test_perplexity_stands_beside_the_score_at_a_glance(record: Record) -> None:
+    html = render(record, results(), 5)
+    assert [row[:3] for row in cells(html, "At a glance")] == [
+        ["dense", "100.0", "8.00"],
+        ["snapkv(budget=0.25)", "75.0", "10.67"],
+        ["&lt;/script&gt;&lt;b&gt;odd &amp; %{x}&lt;/b&gt;", "25.0", "32.00"],
+    ]
+
+
+def test_perplexity_alone_is_a_report(record: Record) -> None:
+    failed = reading(sample=1, nats=None, perplexity=None, error="no memory")
+    html = render(record, Summary([], [], [reading(), failed]), 5)
+    assert cells(html, "At a glance") == [["dense", "–", "8.00", "–", "–", "–"]]  # noqa: RUF001
+    (row,) = cells(html, "Perplexity of held-out text")
+    assert row == ["dense", "1k", "8.00", "512", "1, 1 failed", "2.00", "1.00×"]  # noqa: RUF001
+    assert "1 request failed" in html
+    assert "<h2>Scores" not in html
 
 
 def test_failed_requests_and_published_tasks_are_shown(record: Record) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from tamis.bench.summary import Quality, Spread, Summary, pareto_front, quality, spread
-from tests.bench.conftest import answer, timing
+from tests.bench.conftest import answer, reading, timing
 
 
 def test_a_mean_leaves_failed_requests_out_and_counts_them() -> None:
@@ -49,6 +53,43 @@ def test_memory_is_the_mean_over_requests_and_its_share_of_exact_attention() -> 
     memory = Summary(rows, []).memory("dense", 1024)
     assert memory is not None
     assert (memory.peak, memory.end, memory.dense, memory.share) == (200, 100, 400, 0.5)
+
+
+def test_perplexity_counts_every_scored_token_the_same() -> None:
+    rows = [
+        reading(sample=0, scored_tokens=300, nats=300 * math.log(2), kv_bytes_peak=100),
+        reading(sample=1, scored_tokens=100, nats=100 * math.log(32), kv_bytes_peak=300),
+        reading(sample=2, nats=None, perplexity=None, error="no memory", kv_bytes_peak=999),
+        reading("other"),
+    ]
+    found = Summary([], [], rows).perplexity("dense", 1024)
+    assert found is not None
+    assert found.value == pytest.approx(4)  # 2^((300 * 1 + 100 * 5) / 400)
+    assert (found.tokens, found.windows, found.failed) == (400, 2, 1)
+    assert found.memory is not None
+    assert found.memory.peak == 200
+    assert Summary([], [], rows).perplexity("dense", 2048) is None
+
+
+def test_perplexity_alone_failed_or_repeated() -> None:
+    failed = reading(nats=None, perplexity=None, error="no memory")
+    summary = Summary([], [], [failed])
+    found = summary.perplexity("dense", 1024)
+    assert found is not None
+    assert (found.value, found.tokens, found.failed, found.memory) == (None, 0, 1, None)
+    assert (summary.failed, summary.plans, summary.read_lengths) == (1, ["dense"], [1024])
+    repeated = Summary([], [], [failed, reading()])
+    assert repeated.failed == 0
+
+
+def test_perplexity_is_in_no_mean_and_in_no_mean_of_memory() -> None:
+    rows = [answer(score=0.5, kv_bytes_peak=100)]
+    summary = Summary(rows, [], [reading(), reading(length=4096)])
+    assert summary.overall("dense", 1024) == 0.5
+    assert (summary.tasks, summary.lengths) == (["single"], [1024])
+    memory = summary.memory("dense", 1024)
+    assert memory is not None
+    assert memory.peak == 100
 
 
 def test_ratios_compare_within_each_round() -> None:

@@ -74,7 +74,37 @@ class Timing:
         return (self.plan, self.length, self.repeat)
 
 
-Row = TypeVar("Row", Answer, Timing)
+@dataclass(frozen=True)
+class Reading:
+    """How well one plan foretold a window of held-out text. Bytes as in `RequestMetrics`.
+
+    Attributes:
+        length: tokens of the window. `sample`: which window of that length.
+        prompt_digest: tells windows apart without holding them.
+        scored_tokens: how many of its last tokens are scored.
+        nats: minus the sum of their log-probabilities; None where the request failed, and
+            `perplexity`, exp(nats / scored_tokens), too; `error` says why then.
+    """
+
+    plan: str
+    length: int
+    sample: int
+    prompt_digest: str
+    scored_tokens: int
+    nats: float | None
+    perplexity: float | None
+    kv_bytes: int
+    kv_bytes_peak: int
+    kv_bytes_dense: int
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this reading from all others of a run."""
+        return (self.plan, self.length, self.sample)
+
+
+Row = TypeVar("Row", Answer, Reading, Timing)
 
 
 class ResultFile(Generic[Row]):

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from tamis.bench import figures
 from tamis.bench.figures import Line, Point, Style
 from tamis.bench.summary import ONE_FACT, Quality, Speed, Spread, Summary, pareto_front
-from tamis.bench.text import NOTHING, length_text, mebibytes, percent, ratio, seconds
+from tamis.bench.text import (
+    NOTHING,
+    length_text,
+    mebibytes,
+    percent,
+    perplexity,
+    ratio,
+    seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,11 @@ def sections(summary: Summary, depths: int) -> list[Section]:
     look = figures.styles(summary.plans)
     made: list[Section] = []
     if summary.answers:
-        made += [_scores(summary), _quality_memory(summary, look)]
+        made.append(_scores(summary))
+    if summary.readings:
+        made.append(_perplexities(summary))
+    if summary.answers:
+        made.append(_quality_memory(summary, look))
     if summary.timings:
         for title, cost, of in _COSTS:
             made.append(_quality_time(summary, look, title, cost, of))
@@ -62,19 +74,23 @@ def sections(summary: Summary, depths: int) -> list[Section]:
 
 
 def overview(summary: Summary) -> Table:
-    """One row per plan at the longest documents: score, and costs against exact attention."""
-    length = next((n for n in reversed(summary.lengths) if n is not None), None)
-    if not summary.answers and summary.timed_lengths:
-        length = summary.timed_lengths[-1]
+    """One row per plan at the longest documents: quality, and costs against exact attention."""
+    lengths = [n for n in summary.lengths if n is not None]
+    if not summary.answers:
+        lengths = summary.read_lengths or summary.timed_lengths
+    length = lengths[-1] if lengths else None
+    read = bool(summary.readings)
     rows = []
     for plan in summary.plans:
         memory, speed = summary.memory(plan, length), summary.speed(plan, length)
         share = memory.share if memory else speed and speed.kv_peak / speed.kv_dense
         score = summary.overall(plan, length)
+        found = summary.perplexity(plan, length)
         rows.append(
             [
                 Cell(plan),
                 Cell(percent(score), score),
+                *([Cell(perplexity(found.value if found else None))] if read else []),
                 Cell(ratio(share) if share else NOTHING),
                 Cell(ratio(speed.ttft_ratio.median) if speed else NOTHING),
                 Cell(ratio(speed.tpot_ratio.median) if speed else NOTHING),
@@ -83,6 +99,7 @@ def overview(summary: Summary) -> Table:
     head = (
         f"plan, at {length_text(length)} tokens" if length else "plan",
         "score, %",
+        *(["perplexity"] if read else []),
         "KV peak",
         "first token",
         "each token",
@@ -134,6 +151,42 @@ def _quality(cell: Quality, counted: bool = True) -> Cell:
     n = f" · n={cell.count}" if counted else ""
     failed = f", {cell.failed} failed" if cell.failed else ""
     return Cell(f"{percent(cell.score)}{exact}{n}{failed}", cell.score)
+
+
+def _perplexities(summary: Summary) -> Section:
+    rows = []
+    for plan, length in _rows(summary, summary.read_lengths):
+        found = summary.perplexity(plan, length)
+        if found is not None:
+            failed = f", {found.failed} failed" if found.failed else ""
+            rows.append(
+                [
+                    *_label(plan, length),
+                    Cell(perplexity(found.value)),
+                    Cell(f"{found.tokens:,}"),
+                    Cell(f"{found.windows}{failed}"),
+                    Cell(mebibytes(found.memory.peak) if found.memory else NOTHING),
+                    Cell(ratio(found.memory.share) if found.memory else NOTHING),
+                ]
+            )
+    return Section(
+        "Perplexity of held-out text",
+        "Lower is better, and it is in no mean. Every window is read as a prompt; the tokens of "
+        "its second half are scored, each given what precedes it. A plan that compresses "
+        "after the prompt reads as exact attention does: this measures the prefill only.",
+        Table(
+            (
+                "plan",
+                "tokens",
+                "perplexity",
+                "scored tokens",
+                "windows",
+                "KV peak, MiB",
+                "peak to exact",
+            ),
+            rows,
+        ),
+    )
 
 
 def _quality_memory(summary: Summary, look: Mapping[str, Style]) -> Section:

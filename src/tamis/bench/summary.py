@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TypeVar
 
-from tamis.bench.results import Answer, Timing
+from tamis.bench.results import Answer, Reading, Timing
 from tamis.bench.tasks.scenes import TASKS
 
 K = TypeVar("K", bound=Hashable)
@@ -53,6 +54,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """Of `tokens` scored tokens in `windows` windows together, each token counting the same; None
+    without any. `failed` windows are in none of the numbers."""
+
+    value: float | None
+    tokens: int
+    windows: int
+    failed: int
+    memory: Memory | None
+
+
+@dataclass(frozen=True)
 class Speed:
     """Of one plan at one length, over the rounds; ratios are to the baseline of each round."""
 
@@ -71,16 +84,23 @@ class Summary:
     Attributes:
         plans: those in `first`, then the others as they first appear. `tasks`: our own in their
             order, then others by name. `lengths`: of documents, rising; None, for published
-            prompts, comes last. `timed_lengths`: where speed was measured.
+            prompts, comes last. `read_lengths`: of windows that perplexity was measured on.
+            `timed_lengths`: where speed was measured.
     """
 
     def __init__(
-        self, answers: Sequence[Answer], timings: Sequence[Timing], first: Sequence[str] = ()
+        self,
+        answers: Sequence[Answer],
+        timings: Sequence[Timing],
+        readings: Sequence[Reading] = (),
+        first: Sequence[str] = (),
     ) -> None:
-        # A failed answer that was repeated with success is in the file twice; the last one counts.
+        # What failed and was repeated with success is in its file twice; the last one counts.
         self.answers = list({answer.key: answer for answer in answers}.values())
+        self.readings = list({reading.key: reading for reading in readings}.values())
         self.timings = list(timings)
-        found = dict.fromkeys([a.plan for a in self.answers] + [t.plan for t in self.timings])
+        rows: list[Answer | Reading | Timing] = [*self.answers, *self.readings, *self.timings]
+        found = dict.fromkeys(row.plan for row in rows)
         self.plans = [plan for plan in dict.fromkeys([*first, *found]) if plan in found]
         tasks = {answer.task for answer in self.answers}
         self.tasks = [*(task for task in TASKS if task in tasks), *sorted(tasks - TASKS.keys())]
@@ -88,9 +108,11 @@ class Summary:
             {answer.length for answer in self.answers},
             key=lambda length: float("inf") if length is None else length,
         )
+        self.read_lengths = sorted({reading.length for reading in self.readings})
         self.timed_lengths = sorted({timing.length for timing in self.timings})
         self._cells = _grouped(self.answers, lambda a: (a.plan, a.task, a.length))
         self._requests = _grouped(self.answers, lambda a: (a.plan, a.length))
+        self._read = _grouped(self.readings, lambda r: (r.plan, r.length))
         self._timed = _grouped(self.timings, lambda t: (t.plan, t.length))
 
     def cell(self, plan: str, task: str, length: int | None) -> Quality:
@@ -105,13 +127,22 @@ class Summary:
 
     def memory(self, plan: str, length: int | None) -> Memory | None:
         """KV bytes of the requests that were answered at a length."""
-        rows = [a for a in self._requests.get((plan, length), ()) if a.error is None]
+        return _memory(self._requests.get((plan, length), ()))
+
+    def perplexity(self, plan: str, length: int | None) -> Perplexity | None:
+        """Of held-out text in windows of a length; None where it was not measured."""
+        rows = [] if length is None else self._read.get((plan, length), [])
         if not rows:
             return None
-        return Memory(
-            fmean(row.kv_bytes_peak for row in rows),
-            fmean(row.kv_bytes for row in rows),
-            fmean(row.kv_bytes_dense for row in rows),
+        scored = [(row.nats, row.scored_tokens) for row in rows if row.nats is not None]
+        tokens = sum(count for _, count in scored)
+        nats = math.fsum(nats for nats, _ in scored)
+        return Perplexity(
+            math.exp(nats / tokens) if tokens else None,
+            tokens,
+            len(scored),
+            len(rows) - len(scored),
+            _memory(rows),
         )
 
     def speed(self, plan: str, length: int | None) -> Speed | None:
@@ -151,7 +182,8 @@ class Summary:
     @property
     def failed(self) -> int:
         """Requests that failed."""
-        return sum(answer.error is not None for answer in self.answers)
+        requests: list[Answer | Reading] = [*self.answers, *self.readings]
+        return sum(request.error is not None for request in requests)
 
 
 def quality(answers: Iterable[Answer]) -> Quality:
@@ -164,6 +196,17 @@ def quality(answers: Iterable[Answer]) -> Quality:
         fmean(exact) if exact else None,
         len(scores),
         len(rows) - len(scores),
+    )
+
+
+def _memory(requests: Iterable[Answer | Reading]) -> Memory | None:
+    rows = [row for row in requests if row.error is None]
+    if not rows:
+        return None
+    return Memory(
+        fmean(row.kv_bytes_peak for row in rows),
+        fmean(row.kv_bytes for row in rows),
+        fmean(row.kv_bytes_dense for row in rows),
     )
 
 

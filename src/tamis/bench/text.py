@@ -17,6 +17,11 @@ def percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.1f}"
 
 
+def perplexity(value: float | None) -> str:
+    """A perplexity, to two decimals."""
+    return NOTHING if value is None else f"{value:,.2f}"
+
+
 def seconds(value: float) -> str:
     """A time with its unit, to about three digits."""
     number, unit = (value, "s") if value >= 0.9995 else (1000 * value, "ms")

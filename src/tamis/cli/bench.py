@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,16 +13,15 @@ from tamis.cli import options, terminal
 from tamis.cli.reporting import missing_libraries, record_of
 from tamis.errors import ConfigError
 
-if TYPE_CHECKING:
-    from tamis.bench.results import Answer, ResultFile, Timing
-    from tamis.bench.runner import Prompting, Work
-    from tamis.bench.speed import SpeedWork
-    from tamis.llm import LLM
-
-_TASKS = "single,multi_key,key_value,multi_value,multi_query,variables,frequent,multi_turn"
+_TASKS = (
+    "single,multi_key,key_value,multi_value,multi_query,variables,frequent,multi_turn,perplexity"
+)
 _NEW_TOKENS = 32
 
 Files = list[Path] | None
+
+_Pass = tuple[str, int, Callable[[Callable[[int], None]], None]]
+"""A part of a run: its name, how much of it is left, and what does it and tells of its progress."""
 
 
 def _files(format: str) -> Any:
@@ -112,16 +112,18 @@ def bench(
     if missing is not None:
         raise ConfigError(missing)
     from tamis.bench.lists import parse_choices, parse_lengths, parse_names, parse_plans
+    from tamis.bench.perplexity import PERPLEXITY, cut_windows, open_readings, run_readings
     from tamis.bench.record import Settings
     from tamis.bench.report import check_writable, write_report
-    from tamis.bench.results import Answer, ResultFile, Timing
-    from tamis.bench.runner import Prompting, check_work, open_work
-    from tamis.bench.speed import SpeedWork
+    from tamis.bench.results import Answer, Reading, ResultFile, Timing
+    from tamis.bench.runner import Prompting, check_work, open_work, run_answers
+    from tamis.bench.speed import SpeedWork, run_timings
     from tamis.bench.suites import generated, published
     from tamis.bench.summary import Summary
     from tamis.bench.tasks.corpus import haystack_lines
     from tamis.bench.tasks.puzzle import KINDS, PHRASINGS
     from tamis.bench.tasks.samples import Suite
+    from tamis.bench.tasks.scenes import TASKS
     from tamis.cli import bench_screen
 
     plans = parse_plans(plan or ["dense"])
@@ -137,10 +139,14 @@ def bench(
     }
     if tasks is None:
         tasks = "" if any(files.values()) else _TASKS
+    names: tuple[str, ...] = ()
+    if parse_names(tasks):
+        names = parse_choices(tasks, (*TASKS, PERPLEXITY), "--tasks")
     suites = [
         Suite(task, size, samples, seed, some_kinds, some_phrasings, haystack=haystack)
         for size in sizes
-        for task in parse_names(tasks)
+        for task in names
+        if task != PERPLEXITY
     ]
     exercises = published(files, samples)
     text = "".join(haystack_lines(haystack))
@@ -150,6 +156,7 @@ def bench(
     terminal.quiet_logs(debug)
     llm = LLM(model, dtype=dtype, kv_memory=kv_memory, max_batch_tokens=max_batch_tokens)
     exercises += generated(llm, suites, out / "samples")
+    windows = cut_windows(llm, text, sizes if PERPLEXITY in names else (), samples, seed)
     settings = Settings(
         model=llm.model.name,
         parameters=llm.model.n_parameters,
@@ -168,16 +175,24 @@ def bench(
     prompting = Prompting(chat, truncate)
     with (
         ResultFile(out / "answers.jsonl", Answer) as answers,
+        ResultFile(out / "perplexity.jsonl", Reading) as readings,
         ResultFile(out / "timings.jsonl", Timing) as timings,
     ):
         work = open_work(exercises, plans, answers.rows)
+        read = open_readings(windows, plans, readings.rows)
         done = frozenset(timing.key for timing in timings.rows)
         timed = SpeedWork(plans, sizes if speed else (), repeat, _NEW_TOKENS, text, done)
         check_work(llm, work, prompting)
+        read.check(llm)
         timed.check(llm)
         record.keep(out / "run.json")
-        _run(llm, work, timed, prompting, answers, timings, out)
-        summary = Summary(answers.rows, timings.rows, first=list(plans))
+        passes: tuple[_Pass, ...] = (
+            ("answers", work.characters, partial(run_answers, llm, work, prompting, answers)),
+            ("perplexity", read.tokens, partial(run_readings, llm, read, readings)),
+            ("times", timed.tokens, partial(run_timings, llm, timed, timings)),
+        )
+        _run(passes, partial(_kept, answers.rows, readings.rows, timings.rows), out)
+        summary = Summary(answers.rows, timings.rows, readings.rows, first=list(plans))
     write_report(report, record, summary, depths)
     bench_screen.show(summary)
     if summary.failed:
@@ -185,35 +200,28 @@ def bench(
     terminal.say(f"report: {report}")
 
 
-def _run(
-    llm: LLM,
-    work: Work,
-    timed: SpeedWork,
-    prompting: Prompting,
-    answers: ResultFile[Answer],
-    timings: ResultFile[Timing],
-    out: Path,
-) -> None:
-    """Answer and time what is left; says how to go on when it is interrupted."""
-    from tamis.bench.runner import run_answers
-    from tamis.bench.speed import run_timings
+def _run(passes: Iterable[_Pass], kept: Callable[[], str], out: Path) -> None:
+    """Do what is left of each pass; says how to go on when it is interrupted.
+
+    Args:
+        kept: tells what `out` holds by then, "" for nothing.
+    """
     from tamis.cli.bench_screen import progress
 
-    if answers.rows or timings.rows:
-        terminal.say(
-            f"going on with {len(answers.rows):,} answers and {len(timings.rows):,} timings "
-            f"in {out}"
-        )
+    if before := kept():
+        terminal.say(f"going on with {before} in {out}")
     try:
-        if work.characters:
-            with progress("answers", work.characters) as advance:
-                run_answers(llm, work, prompting, answers, advance)
-        if timed.tokens:
-            with progress("times", timed.tokens) as advance:
-                run_timings(llm, timed, timings, advance)
+        for name, left, run in passes:
+            if left:
+                with progress(name, left) as advance:
+                    run(advance)
     except KeyboardInterrupt:
-        terminal.say(
-            f"{len(answers.rows):,} answers and {len(timings.rows):,} timings are kept in {out}; "
-            "the same command goes on with them"
-        )
+        there = kept() or "no results yet"
+        terminal.say(f"{there} in {out}; the same command goes on with what is left")
         raise
+
+
+def _kept(answers: Sized, readings: Sized, timings: Sized) -> str:
+    """How many results of each kind there are, in words; "" for none."""
+    counts = {"answers": answers, "windows read": readings, "timings": timings}
+    return ", ".join(f"{len(rows):,} {name}" for name, rows in counts.items() if len(rows))

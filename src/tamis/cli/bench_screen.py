@@ -7,7 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tamis.bench.summary import Summary
-from tamis.bench.text import NOTHING, length_text, mebibytes, percent, ratio, seconds
+from tamis.bench.text import (
+    NOTHING,
+    length_text,
+    mebibytes,
+    percent,
+    perplexity,
+    ratio,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +59,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def show(summary: Summary) -> None:
-    """Print tables on stdout: scores, then KV memory and times, a row per length and plan."""
+    """Print tables on stdout: scores, perplexity, costs; each with a row per length and plan."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -59,7 +67,10 @@ def show(summary: Summary) -> None:
         console.width = _FILE_WIDTH
     if summary.answers:
         console.print(_scores(summary))
-    console.print(_costs(summary))
+    if summary.readings:
+        console.print(_perplexities(summary))
+    if summary.answers or summary.timings:
+        console.print(_costs(summary))
 
 
 def _scores(summary: Summary) -> Table:
@@ -69,6 +80,20 @@ def _scores(summary: Summary) -> Table:
             scores = [summary.cell(plan, task, length).score for task in summary.tasks]
             mean = summary.overall(plan, length)
             table.add_row(plan, length_text(length), *map(percent, [mean, *scores]))
+        table.add_section()
+    return table
+
+
+def _perplexities(summary: Summary) -> Table:
+    title = "perplexity of held-out text, second half of each window"
+    table = _table(title, summary, ["perplexity", "scored tokens", "KV peak, MiB"])
+    for length in summary.read_lengths:
+        for plan in summary.plans:
+            found = summary.perplexity(plan, length)
+            if found is not None:
+                peak = mebibytes(found.memory.peak) if found.memory else NOTHING
+                numbers = (perplexity(found.value), f"{found.tokens:,}", peak)
+                table.add_row(plan, length_text(length), *numbers)
         table.add_section()
     return table
 
