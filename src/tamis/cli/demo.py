@@ -1,4 +1,4 @@
-"""`tamis demo`: a long prompt and eight at once, measured and checked against 🤗 Transformers."""
+"""`tamis demo`: facts hidden in a long text are found and measured, here and in 🤗 Transformers."""
 
 from __future__ import annotations
 
@@ -9,136 +9,143 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tamis.cli import options, terminal
+from tamis.cli.reporting import missing_libraries, record_of
 from tamis.cli.run import read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
-    from rich.table import Table
 
-    from tamis.cli.workload import Cost, Workload
+    from tamis.llm import LLM
+    from tamis.plan import Plan
 
 _SHOWN = 64
 """Characters of the generated text that are printed: enough to see what kind of text it is."""
+
+_DEPTHS = 5
+
+_RANDOM = (
+    "No model ships with this copy of tamis, so here is one of [bold]random weights[/bold], made "
+    "on the spot: its text is noise and no facts are asked of it. Only exactness, memory and time "
+    "mean anything."
+)
 
 
 def demo(
     model: options.OptionalModel = None,
     document: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Text of the prompts; by default Python's own library."),
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Text to hide facts in.", show_default="Python's own library"
+        ),
+    ] = None,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plan",
+            metavar="PLANS",
+            help="Plans to compare, with ; between them; may be given several times.",
+            show_default="all that there are",
+        ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(metavar="N", help="Length of the long prompt; the eight are 1/8 of it.")
-    ] = 8192,
+        int | None,
+        typer.Option(
+            metavar="N", help="Length of the text that is read.", show_default="8192, or all of it"
+        ),
+    ] = None,
+    report: Annotated[
+        Path, typer.Option(metavar="FILE", help="The report, an HTML page that works offline.")
+    ] = Path("out/demo.html"),
     dtype: options.Dtype = "auto",
     kv_memory: options.KVMemory = "1GiB",
     debug: options.Debug = False,
 ) -> None:
-    """Run a long prompt and eight at once, here and in 🤗 Transformers, and compare.
+    """Find facts hidden in a long text, under every plan, and measure what that takes.
 
-    Without --model it makes a small model of random weights: its text is noise, but exactness,
-    memory and time are those of any model of its shape. Exits with status 1 if the two do not
-    generate the same tokens in float32.
+    Then the same text goes through 🤗 Transformers, for comparison. Without a model it makes one
+    of random weights: it finds nothing, but exactness, memory and time are those of any model of
+    its shape. Exits with status 1 if the two do not generate the same tokens in float32.
+
+    Example: tamis demo --document report.txt
     """
+    from tamis.bench.lists import parse_plans
+    from tamis.bench.tasks.corpus import haystack_lines
+    from tamis.cli import demo_compare, workload
+    from tamis.cli.demo_facts import PLANS
     from tamis.cli.demo_model import library_text, save_random_model
+    from tamis.llm import LLM
+    from tamis.shipped import locate
 
+    plans = parse_plans(plan or PLANS)
+    if document is not None:
+        read_text(str(document))  # its errors are those of every file of text
+    text = "".join(haystack_lines(document))
     terminal.quiet_logs(debug)
     out = terminal.output_console()
-    text = library_text() if document is None else read_text(document)
     with tempfile.TemporaryDirectory(prefix="tamis-demo-") as scratch:
+        directory = str(Path(scratch, "model")) if model is None else locate(model)
         if model is None:
-            model = scratch
-            save_random_model(Path(scratch), library_text())
-            out.print(
-                "This model has [bold]random weights[/bold], made on the spot: its text is noise. "
-                "Only exactness, memory and time mean anything."
-            )
-        exact = _compare(out, model, text, tokens, dtype, kv_memory)
+            save_random_model(Path(directory), library_text())
+            out.print(_RANDOM)
+        # One engine at a time is in memory: each is dropped before the next is loaded.
+        llm = LLM(model or directory, dtype=dtype, kv_memory=kv_memory)
+        work = workload.prepare(llm, text, tokens)
+        weights = llm.model.dtype, llm.model.device
+        n_parameters = llm.model.n_parameters
+        name = "" if model is None else f"{llm.model.name}: "
+        out.print(
+            f"{name}{llm.model.architecture}, {n_parameters / 1e6:,.1f} M parameters, "
+            f"{str(weights[0]).removeprefix('torch.')} on {weights[1]}"
+        )
+        reported = model is not None and _find_facts(
+            out, llm, plans, document, text, len(work.long), report, Path(scratch)
+        )
+        ours, goes_on = workload.measure_tamis(llm, work)
+        if model is None:
+            out.print(f"it goes on: {goes_on[:_SHOWN]!r}", markup=False)
+        formula = llm.model.kv_bytes_per_token * (len(work.long) + workload.NEW_TOKENS - 1)
+        del llm
+        demo_compare.compare(out, directory, weights, work, ours, formula)
+        exact = demo_compare.check(out, directory, weights[1], work, kv_memory, n_parameters)
+    if reported:
+        out.print(f"report: {report}", markup=False)
     if not exact:
         raise typer.Exit(1)
 
 
-def _compare(
-    out: Console, model: str, text: str, n_tokens: int, dtype: str, kv_memory: str
+def _find_facts(
+    out: Console,
+    llm: LLM,
+    plans: dict[str, Plan],
+    document: Path | None,
+    text: str,
+    length: int,
+    report: Path,
+    scratch: Path,
 ) -> bool:
-    """Print the comparison; returns False if the tokens differ where they must be equal."""
-    from tamis.cli import workload
-    from tamis.cli.peer import TransformersPeer
-    from tamis.llm import LLM
-    from tamis.platform import format_bytes
+    """Ask for hidden facts, print what came of it, and write the report.
 
-    # One engine at a time is in memory: each is dropped before the next is loaded.
-    llm = LLM(model, dtype=dtype, kv_memory=kv_memory)
-    work = workload.prepare(llm, text, n_tokens)
-    settings = llm.model.dtype, llm.model.device
-    n_parameters = llm.model.n_parameters
+    Returns:
+        Whether it was written: libraries that it needs may be missing.
+    """
+    from tamis.cli import demo_facts
+
+    exercises = demo_facts.hide(llm, document, length, scratch)
+    source = "Python's own library" if document is None else document.name
     out.print(
-        f"{llm.model.architecture}, {n_parameters / 1e6:,.1f} M parameters, "
-        f"{str(llm.model.dtype).removeprefix('torch.')} on {llm.model.device}; "
-        f"one prompt of {len(work.long):,} tokens, then {len(work.concurrent)} of "
-        f"{len(work.concurrent[0]):,}; {workload.NEW_TOKENS} new tokens each"
+        f"{len(exercises)} questions on facts hidden in {length:,} tokens of {source}", markup=False
     )
-    ours, answer = workload.measure_tamis(llm, work)
-    formula = llm.model.kv_bytes_per_token * (len(work.long) + workload.NEW_TOKENS - 1)
-    del llm
-    out.print(f"it goes on: {answer[:_SHOWN]!r}", markup=False)
-    with out.status("the same in Transformers"):
-        theirs = workload.measure_transformers(TransformersPeer(model, *settings), work)
-    out.print(_table(ours, theirs, work, formula))
-    out.print(
-        f"The {workload.CONCURRENT} requests run at once in tamis, one by one in Transformers. The "
-        f"formula for keys and values gives {format_bytes(formula)}; pages hold positions too."
-    )
+    missing = missing_libraries()
+    if missing is None:
+        from tamis.bench.report import check_writable
 
-    with out.status("checking tokens in float32"):
-        n_equal = workload.equal_tokens(model, work.long, kv_memory, settings[1], n_parameters)
-    total = workload.CHECKED_TOKENS
-    if n_equal is None:
-        out.print("greedy tokens: not compared, for want of memory for the weights in float32")
-        return True
-    verdict = "identical" if n_equal == total else "[bold red]different[/bold red], equal"
-    out.print(
-        f"greedy tokens in float32 against Transformers' — {verdict}: {n_equal}/{total} tokens"
-    )
-    return n_equal == total
+        check_writable(report)
+    summary = demo_facts.ask(llm, exercises, plans, text, scratch)
+    demo_facts.show(out, exercises, summary)
+    if missing is not None:
+        terminal.say(missing)
+        return False
+    from tamis.bench.report import write_report
 
-
-def _table(ours: Cost, theirs: Cost, work: Workload, formula: int) -> Table:
-    """Both costs side by side."""
-    from rich.table import Table
-
-    from tamis.platform import format_bytes
-
-    n_long = len(work.long)
-    table = Table()
-    table.add_column("", no_wrap=True)
-    for column in ("tamis", "Transformers", "compared"):
-        table.add_column(column, justify="right", no_wrap=True)
-
-    def row(label: str, text: Callable[[Cost], str], speed: Callable[[Cost], float]) -> None:
-        ratio = speed(ours) / speed(theirs)
-        verdict = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-        table.add_row(label, text(ours), text(theirs), verdict)
-
-    row(
-        f"prefill of {n_long:,} tokens",
-        lambda cost: f"{cost.prefill_s:.2f} s",
-        lambda cost: 1 / cost.prefill_s,
-    )
-    rates = (f"{n_long / cost.prefill_s:,.0f} tokens/s" for cost in (ours, theirs))
-    table.add_row("", *rates, "")
-    row(
-        "decode after it",
-        lambda cost: f"{1e3 * cost.decode_s:.1f} ms/token",
-        lambda cost: 1 / cost.decode_s,
-    )
-    row(
-        f"{len(work.concurrent)} requests",
-        lambda cost: f"{cost.tokens_per_s:,.0f} tokens/s",
-        lambda cost: cost.tokens_per_s,
-    )
-    sizes = (format_bytes(cost.kv_bytes) for cost in (ours, theirs))
-    table.add_row("KV cache, long prompt", *sizes, f"{ours.kv_bytes / formula:.2f}x formula")
-    return table
+    write_report(report, record_of(demo_facts.settings(llm, document)), summary, _DEPTHS)
+    return True

@@ -14,10 +14,12 @@ from tamis.llm import LLM
 from tamis.platform import available_memory
 from tamis.sampling import SamplingParams
 
+LONG = 8192
 CONCURRENT = 8
 NEW_TOKENS = 32
 CHECKED_PROMPT, CHECKED_TOKENS = 64, 32
 _WARM_UP = 16
+_QUESTIONS = 512  # tokens that a conversation about the text may take beyond it
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,24 @@ class Cost:
     kv_bytes: int
 
 
-def prepare(llm: LLM, text: str, n_tokens: int) -> Workload:
+def prepare(llm: LLM, text: str, n_tokens: int | None) -> Workload:
     """Cut a long prompt of `n_tokens` tokens and `CONCURRENT` of an eighth of it from `text`.
+
+    None is `LONG` tokens, or as many as the text has or the model's context holds with questions.
 
     Raises:
         RequestError: the text or the model's context is too short for that, or `n_tokens` is.
     """
     ids = llm.encode(text)
-    if n_tokens < CHECKED_PROMPT * CONCURRENT:
-        raise RequestError(f"--tokens is {n_tokens}; the least is {CHECKED_PROMPT * CONCURRENT}")
+    least = CHECKED_PROMPT * CONCURRENT
+    if n_tokens is None:
+        n_tokens = max(least, min(LONG, len(ids), llm.model.max_length - _QUESTIONS))
+    if n_tokens < least:
+        raise RequestError(f"--tokens is {n_tokens}; the least is {least}")
     if n_tokens > len(ids):
+        shorter = f", or --tokens {len(ids)}" if len(ids) >= least else ""
         raise RequestError(
-            f"the text has {len(ids):,} tokens, fewer than {n_tokens:,}; "
-            f"give a longer one, or --tokens {len(ids)}"
+            f"the text has {len(ids):,} tokens, fewer than {n_tokens:,}; give a longer one{shorter}"
         )
     room = llm.model.max_length - NEW_TOKENS
     if n_tokens > room:
