@@ -1,26 +1,28 @@
-# make demo   a long prompt, answered and measured     make lint    style, types, import contracts
-# make test   the tests                                make clean   remove everything built here
+# make demo   facts found in a long text, and measured  make lint    style, types, import contracts
+# make test   the tests                                 make clean   remove everything built here
 #
 # Each creates .venv on its first run and reinstalls tamis when its sources have changed.
 # Another interpreter: make demo PYTHON=python3.12
+# Tests of the adapter to lm-eval, which brings 400 MB along: make test EXTRAS=dev,eval
 
 PYTHON ?= python3
+EXTRAS ?= dev
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt) \
-           $(shell find src native -type f -not -name '*.pyc' -not -name '*.so')
+           $(shell find src native $(wildcard models) -type f -not -name '*.pyc' -not -name '*.so')
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/tamis demo
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/$(EXTRAS).stamp
 	$(BIN)/pytest
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/$(EXTRAS).stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,11 +37,11 @@ INSTALL = @echo "installing tamis into $(VENV) (the first time takes minutes: to
           $(PIP) install --no-build-isolation --constraint constraints.txt
 
 $(VENV)/package.stamp: $(VENV)/tools.stamp $(SOURCES)
-	$(INSTALL) .
+	$(INSTALL) '.[bench]'
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/tools.stamp $(SOURCES)
-	$(INSTALL) '.[dev]'
+$(VENV)/$(EXTRAS).stamp: $(VENV)/tools.stamp $(SOURCES)
+	$(INSTALL) '.[$(EXTRAS)]'
 	@touch $(VENV)/package.stamp $@
 
 $(VENV)/tools.stamp: constraints.txt
