@@ -91,7 +91,7 @@ def show(out: Console, exercises: list[Exercise], summary: Summary) -> None:
     talk.add_column("lies at", justify="right")
     for column in ("asked", "answered", ""):
         talk.add_column(column, overflow="fold")
-    for answer in summary.answers:
+    for answer in sorted(summary.answers, key=lambda answer: answer.question):
         if (answer.plan, answer.task, answer.sample) == (plan, CONVERSATION, 0):
             exercise = asked[answer.task, answer.sample, answer.question]
             question = exercise.text.rstrip("\n").rpartition("\n")[2]
