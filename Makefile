@@ -3,7 +3,7 @@
 #
 # Each creates .venv on its first run and reinstalls tamis when its sources have changed.
 # Another interpreter: make demo PYTHON=python3.12
-# Tests of the adapter to lm-eval, which brings 400 MB along: make test EXTRAS=dev,eval
+# Tests of the adapter to lm-eval, which brings 600 MB along: make test EXTRAS=dev,eval
 
 PYTHON ?= python3
 EXTRAS ?= dev
