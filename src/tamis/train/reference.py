@@ -11,19 +11,16 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from transformers import PreTrainedTokenizerFast
 
 from tamis.bench.tasks.corpus import SourceFile, files_of, fingerprint
 from tamis.errors import ConfigError
-from tamis.train import card, loop
-from tamis.train.evaluate import evaluate_folder
-from tamis.train.export import export
+from tamis.train import loop
 from tamis.train.model import build_model
-from tamis.train.recipe import Recipe, cpu_recipe, gpu_recipe
+from tamis.train.recipe import Recipe
 from tamis.train.screen import Screen
 from tamis.train.source import save_text
 from tamis.train.text import tokenize_files
@@ -117,58 +114,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
-app = typer.Typer(help="Train the reference model, export it, evaluate it.", no_args_is_help=True)
-
-
-RunFolder = Annotated[Path, typer.Option(help="Folder of the run; an old one is gone on with.")]
-ModelFolder = Annotated[Path, typer.Option(help="Model directory.")]
-_RUN, _MODEL = Path("out/reference"), Path("models/reference")
-
-
-@app.command("train")
-def train_command(
-    run: RunFolder = _RUN,
-    out: ModelFolder = _MODEL,
-    minutes: Annotated[float | None, typer.Option(help="Budget, in active minutes.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Budget, in steps, instead.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Most threads to use.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that compose batches.")] = 1,
-    mirror: Annotated[Path | None, typer.Option(help="Second folder for checkpoints.")] = None,
-) -> None:
-    """Train the reference model, a larger one where there is a GPU; export and evaluate it.
-
-    Ctrl-C saves; the same command goes on where it stopped.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    make = gpu_recipe if device.startswith("cuda") else cpu_recipe
-    recipe = make(minutes=minutes, steps=steps, seed=seed)
-    if not train(run, recipe, device=device, threads=threads, workers=workers, mirror=mirror):
-        raise typer.Exit(130)
-    export_command(run, out)
-    evaluate_command(out)
-
-
-@app.command("export")
-def export_command(run: RunFolder = _RUN, out: ModelFolder = _MODEL) -> None:
-    """Write the last checkpoint as a 🤗 model directory; works while training goes on."""
-    export(run, out)
-    typer.echo(f"wrote {out}")
-
-
-@app.command("evaluate")
-def evaluate_command(
-    model: ModelFolder = _MODEL,
-    quick: Annotated[bool, typer.Option(help="A few samples of each task only.")] = False,
-) -> None:
-    """Measure the model-card scores, and renew the card with them."""
-    evaluate_folder(model, quick=quick, say=typer.echo)
-    card.write(model)
-
-
-if __name__ == "__main__":
-    app()
