@@ -173,7 +173,8 @@ def build(name: str, seed: int = 0, attn: str = "eager") -> PreTrainedModel:
     """
     config = (CONFIGS | REFUSED)[name]()
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.random.fork_rng():
+    # Cached by callers: whoever asks first, the weights must serve everyone.
+    with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(seed)
         model = auto.from_config(config, attn_implementation=attn)
         # Sinks, biases and the weights of norms start as constants; make them matter too.
