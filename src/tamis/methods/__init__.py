@@ -1,0 +1,1 @@
+"""The methods: one folder per stage, one file per method; `base.py` is the protocol."""
