@@ -6,6 +6,7 @@
 #pragma once
 
 #include "decode.h"
+#include "dots.h"
 #include "vector_math.h"
 
 namespace tamis {
@@ -44,7 +45,8 @@ class DecodeKernel {
         queries_(reinterpret_cast<typename Dot::Query*>(scratch + range.group * kBlock)) {}
 
   void run() {
-    pack_queries();
+    pack_dot_queries<Isa, T>(static_cast<const T*>(range_.q), range_.q_stride, range_.group,
+                             range_.k_dim, queries_);
     for (int64_t g = 0; g < range_.group; ++g) {
       partial_.top[g] = kNothing;
       partial_.denominator[g] = 0.0f;
@@ -68,17 +70,6 @@ class DecodeKernel {
   }
 
  private:
-  // Queries as the dot product takes them, each padded with zeros.
-  void pack_queries() {
-    const T* q = static_cast<const T*>(range_.q);
-    for (int64_t g = 0; g < range_.group; ++g) {
-      for (int64_t d = 0; d < k_pad_; ++d) {
-        queries_[g * k_pad_ + d] =
-            d < range_.k_dim ? Dot::query(q[g * range_.q_stride + d]) : typename Dot::Query{};
-      }
-    }
-  }
-
   // The rows of at most kBlock tokens from `begin`.
   void find_rows(int64_t begin, Rows* rows) {
     const int64_t left = range_.end - begin, size = range_.pages.page_size;
@@ -116,44 +107,16 @@ class DecodeKernel {
     if (d < range_.v_dim) add_last_values<N>(g, d, rescale);
   }
 
-  // Products of N queries with the block's keys: a vector's width of (query, token) pairs at once.
+  // Products of N queries with the block's keys, prefetching the next block's meanwhile.
   template <int N>
   void score(int64_t g) {
-    constexpr int kTokens = kWidth / N;
-    const int64_t count = rows_->count;
-    for (int64_t t = 0; t < count; t += kTokens) {
-      if (g == 0) {
-        for (int j = 0; j < kTokens && t + j < next_->count; ++j) {
-          prefetch(next_->k[t + j], range_.k_dim);
-        }
+    const auto prefetch_next = [this, g](int64_t t, int64_t tokens) {
+      for (int64_t j = t; g == 0 && j < t + tokens && j < next_->count; ++j) {
+        prefetch(next_->k[j], range_.k_dim);
       }
-      Vec products[kWidth];
-      for (int i = 0; i < kWidth; ++i) products[i] = Isa::set(0.0f);
-      const auto multiply = [&](int64_t d, auto load) {
-        typename Dot::Lanes keys[kTokens];
-        for (int j = 0; j < kTokens; ++j) keys[j] = load(rows_->k[t + j] + d);
-        for (int i = 0; i < N; ++i) {
-          const auto query = Dot::load(queries_ + (g + i) * k_pad_ + d);
-          for (int j = 0; j < kTokens; ++j) {
-            products[i * kTokens + j] = Dot::multiply_add(products[i * kTokens + j], query, keys[j]);
-          }
-        }
-      };
-      int64_t d = 0;
-      for (; d + Dot::kStep <= range_.k_dim; d += Dot::kStep) {
-        multiply(d, [](const T* key) { return Dot::load(key); });
-      }
-      if (const int64_t left = range_.k_dim - d) {
-        multiply(d, [left](const T* key) { return Dot::load(key, left); });
-      }
-      float sums[kWidth];
-      Isa::store(sums, Isa::sums(products));
-      for (int i = 0; i < N; ++i) {
-        for (int j = 0; j < kTokens; ++j) {
-          scores_[(g + i) * kBlock + t + j] = sums[i * kTokens + j];
-        }
-      }
-    }
+    };
+    dot_products<Isa, T, N>(queries_ + g * k_pad_, k_pad_, rows_->k, rows_->count, range_.k_dim,
+                            scores_ + g * kBlock, kBlock, prefetch_next);
   }
 
   // Turn the products of query `g` into weights exp(score - top), with a new top if there is one.

@@ -5,6 +5,7 @@
 // Keys and values are packed for the matrix products once per tile, straight from the pages.
 #pragma once
 
+#include "packed.h"
 #include "prefill.h"
 #include "vector_math.h"
 
@@ -14,6 +15,7 @@ template <class Isa, class T>
 class PrefillKernel {
   using Vec = typename Isa::Vec;
   using Math = VectorMath<Isa>;
+  using Matrix = Packed<Isa, T>;
   using Outer = typename Isa::template Outer<T>;
   using Unit = typename Outer::Unit;
   static constexpr int64_t kWidth = Isa::kWidth;
@@ -137,10 +139,10 @@ class PrefillKernel {
   // One tile of keys; row `r` sees at most the first `limit(r)` of them.
   template <class Limit>
   void attend(Limit limit) {
-    pack_keys();
+    Matrix::pack_columns(tile_.k, tile_.count, a_.k_dim, keys_, kKeys);
     pack_values();
-    multiply(queries_, k_units_, keys_, kKeys, k_units_, round_up(tile_.count, kWidth), false,
-             scores_, kKeys);
+    Matrix::multiply(whole_rows_, queries_, k_units_, keys_, kKeys, k_units_,
+                     Matrix::round_up(tile_.count, kWidth), false, scores_, kKeys);
     for (int64_t r = 0; r < rows_; ++r) {
       int64_t begin = 0;
       const int64_t end = limit(r);
@@ -150,8 +152,8 @@ class PrefillKernel {
       }
       soften(r, begin, end);
     }
-    multiply(weights_, kKeys / kPack, values_, v_pad_, round_up(tile_.count, kPack) / kPack, v_pad_,
-             true, sums_, v_pad_);
+    Matrix::multiply(whole_rows_, weights_, kKeys / kPack, values_, v_pad_,
+                     Matrix::round_up(tile_.count, kPack) / kPack, v_pad_, true, sums_, v_pad_);
   }
 
   // Turn the scores of row `r` into weights exp(score - top), zero outside of begin..end, and
@@ -217,40 +219,14 @@ class PrefillKernel {
     a_.lse[query] = origin + __builtin_logf(denominator);
   }
 
-  static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-  // Element `i` of a row and its successors that share a unit, zeros past `count`.
-  static Unit pack(const T* row, int64_t i, int64_t count) {
-    if (i + kPack <= count) return Outer::pack(row + i);
-    T elements[kPack] = {};
-    for (int64_t n = 0; i + n < count; ++n) elements[n] = row[i + n];
-    return Outer::pack(elements);
-  }
-
   void pack_queries() {
     const T* const q = reinterpret_cast<const T*>(a_.q.data);
     for (int64_t r = 0; r < rows_; ++r) {
       const T* row = q + token_of(r) * a_.q.token_stride + query_head_of(r) * a_.q.head_stride;
-      for (int64_t u = 0; u < k_units_; ++u) {
-        queries_[r * k_units_ + u] = pack(row, u * kPack, a_.k_dim);
-      }
+      Matrix::pack_row(row, a_.k_dim, queries_ + r * k_units_);
     }
     for (int64_t i = rows_ * k_units_; i < whole_rows_ * k_units_; ++i) queries_[i] = Unit{};
     for (int64_t i = 0; i < whole_rows_ * (kKeys / kPack); ++i) weights_[i] = Unit{};
-  }
-
-  // K^T, a vector's width of keys at a time so that whole cache lines are written.
-  void pack_keys() {
-    for (int64_t first = 0; first < tile_.count; first += kWidth) {
-      const int64_t present = tile_.count - first < kWidth ? tile_.count - first : kWidth;
-      for (int64_t u = 0; u < k_units_; ++u) {
-        Unit* const units = keys_ + u * kKeys + first;
-        for (int64_t j = 0; j < present; ++j) {
-          units[j] = pack(tile_.k[first + j], u * kPack, a_.k_dim);
-        }
-        for (int64_t j = present; j < kWidth; ++j) units[j] = Unit{};
-      }
-    }
   }
 
   void pack_values() {
@@ -266,53 +242,6 @@ class PrefillKernel {
         units[d] = Outer::pack(elements);
       }
       for (int64_t d = a_.v_dim; d < v_pad_; ++d) units[d] = Unit{};
-    }
-  }
-
-  // c = left right, or c += left right: left [whole_rows_, depth], right [depth, columns].
-  void multiply(const Unit* left, int64_t left_stride, const Unit* right, int64_t right_stride,
-                int64_t depth, int64_t columns, bool add, float* c, int64_t c_stride) {
-    constexpr int kVectors = Isa::kTileVectors;
-    int64_t column = 0;
-    for (; column + kVectors * kWidth <= columns; column += kVectors * kWidth) {
-      multiply_columns<kVectors>(left, left_stride, right + column, right_stride, depth, add,
-                                 c + column, c_stride);
-    }
-    for (; column < columns; column += kWidth) {
-      multiply_columns<1>(left, left_stride, right + column, right_stride, depth, add, c + column,
-                          c_stride);
-    }
-  }
-
-  template <int kVectors>
-  void multiply_columns(const Unit* left, int64_t left_stride, const Unit* right,
-                        int64_t right_stride, int64_t depth, bool add, float* c, int64_t c_stride) {
-    for (int64_t r = 0; r < whole_rows_; r += kRows) {
-      const Unit* const rows = left + r * left_stride;
-      float* const out = c + r * c_stride;
-      Vec total[kRows][kVectors];
-      for (int i = 0; i < kRows; ++i) {
-        for (int n = 0; n < kVectors; ++n) {
-          total[i][n] = add ? Isa::load(out + i * c_stride + n * kWidth) : Isa::set(0.0f);
-        }
-      }
-      for (int64_t u = 0; u < depth; ++u) {
-        typename Outer::Lanes columns[kVectors];
-        for (int n = 0; n < kVectors; ++n) {
-          columns[n] = Outer::load(right + u * right_stride + n * kWidth);
-        }
-        for (int i = 0; i < kRows; ++i) {
-          const auto row = Outer::broadcast(rows + i * left_stride + u);
-          for (int n = 0; n < kVectors; ++n) {
-            total[i][n] = Outer::multiply_add(total[i][n], row, columns[n]);
-          }
-        }
-      }
-      for (int i = 0; i < kRows; ++i) {
-        for (int n = 0; n < kVectors; ++n) {
-          Isa::store(out + i * c_stride + n * kWidth, total[i][n]);
-        }
-      }
     }
   }
 };

@@ -164,15 +164,34 @@ def attend(
         `(out, lse)`: [..., queries, v_dim] and [..., queries], fp32; zero and -inf for a query
         that sees nothing.
     """
+    scores = masked_scores(q, k, visible, scale, softcap)
+    lse = scores.logsumexp(-1)
+    return weigh(scores, lse) @ v, lse
+
+
+def masked_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """softcap tanh(scale q k^T / softcap), [..., queries, tokens], fp32; -inf where not visible.
+
+    The arguments are those of `attend`.
+    """
     scores = (q @ k.transpose(-1, -2)).mul_(scale)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)
-    lse = scores.logsumexp(-1)
+    return scores
+
+
+def weigh(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """exp(scores - lse), written over `scores` [..., tokens] with `lse` [...]."""
     # A query that sees nothing has lse -inf, where the difference would be NaN.
-    weights = scores.sub_(lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp_()
-    return weights @ v, lse
+    return scores.sub_(lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp_()
 
 
 def tiles(kv: PagedKV) -> list[tuple[int, int]]:

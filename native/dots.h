@@ -1,0 +1,65 @@
+// Inner products of a few queries with many keys, lanes along the dimension.
+#pragma once
+
+#include <cstdint>
+
+#include "decode.h"
+#include "vector_math.h"
+
+namespace tamis {
+
+// Queries q [count, dim] as the inner product takes them, each padded with zeros.
+template <class Isa, class T>
+void pack_dot_queries(const T* q, int64_t stride, int64_t count, int64_t dim,
+                      typename Isa::template Dot<T>::Query* to) {
+  using Dot = typename Isa::template Dot<T>;
+  const int64_t pad = padded(dim);
+  for (int64_t g = 0; g < count; ++g) {
+    for (int64_t d = 0; d < pad; ++d) {
+      to[g * pad + d] = d < dim ? Dot::query(q[g * stride + d]) : typename Dot::Query{};
+    }
+  }
+}
+
+// products[n, t] of N queries with `count` keys: a vector's width of (query, key) pairs at once.
+// `keys` and the rows of `products` are readable and writable to a whole number of vectors;
+// `before(t, tokens)` is called before the keys t..t + tokens are read.
+template <class Isa, class T, int N, class Before>
+void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
+                  const T* const* keys, int64_t count, int64_t dim, float* products,
+                  int64_t product_stride, Before before) {
+  using Vec = typename Isa::Vec;
+  using Dot = typename Isa::template Dot<T>;
+  constexpr int kWidth = Isa::kWidth;
+  constexpr int kTokens = kWidth / N;
+  for (int64_t t = 0; t < count; t += kTokens) {
+    before(t, int64_t{kTokens});
+    Vec pairs[kWidth];
+    for (int i = 0; i < kWidth; ++i) pairs[i] = Isa::set(0.0f);
+    const auto multiply = [&](int64_t d, auto load) {
+      typename Dot::Lanes rows[kTokens];
+      for (int j = 0; j < kTokens; ++j) rows[j] = load(keys[t + j] + d);
+      for (int i = 0; i < N; ++i) {
+        const auto query = Dot::load(queries + i * query_stride + d);
+        for (int j = 0; j < kTokens; ++j) {
+          pairs[i * kTokens + j] = Dot::multiply_add(pairs[i * kTokens + j], query, rows[j]);
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + Dot::kStep <= dim; d += Dot::kStep) {
+      multiply(d, [](const T* key) { return Dot::load(key); });
+    }
+    if (const int64_t left = dim - d) {
+      multiply(d, [left](const T* key) { return Dot::load(key, left); });
+    }
+    float sums[kWidth];
+    Isa::store(sums, Isa::sums(pairs));
+    for (int i = 0; i < N; ++i) {
+      float* const to = products + i * product_stride + t;
+      for (int j = 0; j < kTokens; ++j) to[j] = sums[i * kTokens + j];
+    }
+  }
+}
+
+}  // namespace tamis

@@ -1,0 +1,100 @@
+// Products of matrices packed into units (see FloatOuter in vector_math.h), in tiles of registers.
+#pragma once
+
+#include <cstdint>
+
+#include "prefill.h"
+#include "vector_math.h"
+
+namespace tamis {
+
+template <class Isa, class T>
+struct Packed {
+  using Vec = typename Isa::Vec;
+  using Outer = typename Isa::template Outer<T>;
+  using Unit = typename Outer::Unit;
+  static constexpr int64_t kWidth = Isa::kWidth;
+  static constexpr int64_t kPack = Outer::kPack;
+
+  static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+  // One row of a left matrix, zeros past `dim`.
+  static void pack_row(const T* row, int64_t dim, Unit* to) {
+    for (int64_t i = 0; i < dim; i += kPack) to[i / kPack] = pack(row, i, dim);
+  }
+
+  // `count` rows of `dim` elements as the columns of a right matrix, a vector's width of them at a
+  // time so that whole cache lines are written; zeros to whole vectors.
+  static void pack_columns(const T* const* rows, int64_t count, int64_t dim, Unit* to,
+                           int64_t stride) {
+    for (int64_t first = 0; first < count; first += kWidth) {
+      const int64_t present = count - first < kWidth ? count - first : kWidth;
+      for (int64_t i = 0; i < dim; i += kPack) {
+        Unit* const units = to + i / kPack * stride + first;
+        for (int64_t j = 0; j < present; ++j) units[j] = pack(rows[first + j], i, dim);
+        for (int64_t j = present; j < kWidth; ++j) units[j] = Unit{};
+      }
+    }
+  }
+
+  // c = left right, or c += left right: left [rows, depth], right [depth, columns]; `rows` is a
+  // multiple of kRows, `columns` of kWidth, `depth` and strides of left and right are in units.
+  static void multiply(int64_t rows, const Unit* left, int64_t left_stride, const Unit* right,
+                       int64_t right_stride, int64_t depth, int64_t columns, bool add, float* c,
+                       int64_t c_stride) {
+    constexpr int kVectors = Isa::kTileVectors;
+    int64_t column = 0;
+    for (; column + kVectors * kWidth <= columns; column += kVectors * kWidth) {
+      multiply_columns<kVectors>(rows, left, left_stride, right + column, right_stride, depth, add,
+                                 c + column, c_stride);
+    }
+    for (; column < columns; column += kWidth) {
+      multiply_columns<1>(rows, left, left_stride, right + column, right_stride, depth, add,
+                          c + column, c_stride);
+    }
+  }
+
+ private:
+  // Element `i` of a row and its successors that share a unit, zeros past `count`.
+  static Unit pack(const T* row, int64_t i, int64_t count) {
+    if (i + kPack <= count) return Outer::pack(row + i);
+    T elements[kPack] = {};
+    for (int64_t n = 0; i + n < count; ++n) elements[n] = row[i + n];
+    return Outer::pack(elements);
+  }
+
+  template <int kVectors>
+  static void multiply_columns(int64_t whole_rows, const Unit* left, int64_t left_stride,
+                               const Unit* right, int64_t right_stride, int64_t depth, bool add,
+                               float* c, int64_t c_stride) {
+    for (int64_t r = 0; r < whole_rows; r += kRows) {
+      const Unit* const rows = left + r * left_stride;
+      float* const out = c + r * c_stride;
+      Vec total[kRows][kVectors];
+      for (int i = 0; i < kRows; ++i) {
+        for (int n = 0; n < kVectors; ++n) {
+          total[i][n] = add ? Isa::load(out + i * c_stride + n * kWidth) : Isa::set(0.0f);
+        }
+      }
+      for (int64_t u = 0; u < depth; ++u) {
+        typename Outer::Lanes columns[kVectors];
+        for (int n = 0; n < kVectors; ++n) {
+          columns[n] = Outer::load(right + u * right_stride + n * kWidth);
+        }
+        for (int i = 0; i < kRows; ++i) {
+          const auto row = Outer::broadcast(rows + i * left_stride + u);
+          for (int n = 0; n < kVectors; ++n) {
+            total[i][n] = Outer::multiply_add(total[i][n], row, columns[n]);
+          }
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int n = 0; n < kVectors; ++n) {
+          Isa::store(out + i * c_stride + n * kWidth, total[i][n]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace tamis
