@@ -63,7 +63,7 @@ class Attention(nn.Module):
 def call(**arguments):
     """One probing call of the attention function, 2 query heads and 1 KV head."""
     q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
-    request = {"attention_mask": None, "attend": Probe(), "probing": True} | arguments
+    request = {"attention_mask": None, "attend": Probe(), "probe": Probe()} | arguments
     mask = request.pop("attention_mask")
     return hand_over(Attention(), q, k, k, mask, **request)
 
@@ -110,7 +110,7 @@ def test_restarting_positions_are_not_taken_for_packed_sequences():
             past_key_values=cache,
             use_cache=False,
             attend=Probe(),
-            probing=True,
+            probe=Probe(),
         )
 
     run(PassThroughCache())

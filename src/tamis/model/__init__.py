@@ -9,5 +9,6 @@ from tamis.model.interface import Attend
 from tamis.model.loading import load_model
 from tamis.model.model import Model
 from tamis.model.probe import LayerSpec
+from tamis.model.rows import RowRanges
 
-__all__ = ["Attend", "LayerSpec", "Model", "load_model"]
+__all__ = ["Attend", "LayerSpec", "Model", "RowRanges", "load_model"]

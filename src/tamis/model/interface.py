@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from tamis.errors import UnsupportedModelError
+from tamis.model.probe import Probe
 
 NAME = "tamis"
 """The name under which the attention and mask functions are registered."""
@@ -161,7 +162,7 @@ def hand_over(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    probing: bool = False,
+    probe: Probe | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: one call of `attend` for the layer `module`.
@@ -169,11 +170,13 @@ def hand_over(
     Transformers' layouts are query [1, q_heads, tokens, k_dim], key and value
     [1, kv_heads, tokens, dim], and [1, tokens, q_heads, v_dim] for the result. The mask, where
     there is one, decides the window: that is what Transformers' own exact attention obeys.
-    With `probing`, everything the layer asks for is checked to be something `attend` is told.
+    With a `probe`, everything the layer asks for is checked to be something `attend` is told, and
+    the probe is told the module.
     """
     if attend is None:
         raise NotHandedDownError(module)
-    if probing:
+    if probe is not None:
+        probe.modules.append(module)
         _check_request(module, attention_mask, is_causal, others)
     window = attention_mask.window if isinstance(attention_mask, Mask) else sliding_window
     out = attend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tamis.errors import UnsupportedModelError
 
@@ -43,12 +43,14 @@ class Probe:
         order: the layers in the order in which they called.
         specs: what each call handed over.
         rotated: the queries and keys of each call.
+        modules: the attention module of each call, noted by the attention function.
     """
 
     def __init__(self) -> None:
         self.order: list[int] = []
         self.specs: list[LayerSpec] = []
         self.rotated: list[tuple[Tensor, Tensor]] = []
+        self.modules: list[nn.Module] = []
 
     def __call__(
         self,

@@ -28,6 +28,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 
+def rotary_modules(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The rotary modules of `model`."""
+    return tuple(module for module in model.modules() if _types(module))
+
+
 def dynamic_modules(model: nn.Module) -> tuple[nn.Module, ...]:
     """The rotary modules of `model` whose frequencies depend on the sequence's length."""
     return tuple(module for module in model.modules() if any(map(_is_dynamic, _types(module))))
