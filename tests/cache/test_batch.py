@@ -78,5 +78,6 @@ def test_a_batch_writes_each_sequence_its_own_tokens(cache: PagedCache) -> None:
 def test_tokens_without_room_are_refused(cache: PagedCache) -> None:
     sequence = cache.new_sequence()
     sequence.reserve(3)
+    batch = BatchView(cache, [sequence], [5], torch.arange(5, dtype=torch.int32))
     with pytest.raises(PageError, match="adds 5 tokens to a sequence with 4 reserved"):
-        BatchView(cache, [sequence], [5], torch.arange(5, dtype=torch.int32))
+        batch.append(0, torch.zeros(5, 2, 8), torch.zeros(5, 2, 8))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamis.cache.compaction import plan_compaction, ragged_arange
+from tamis.cache.compaction import plan_compaction
+from tamis.cache.pool import ragged_arange
 
 
 def test_ragged_arange_counts_within_each_run() -> None:

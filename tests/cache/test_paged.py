@@ -52,24 +52,24 @@ def test_an_arena_too_small_for_a_page_fits_nothing() -> None:
 
 def test_pages_of_all_formats_are_allocated_together_or_not_at_all() -> None:
     cache = PagedCache(LAYOUT, 6 * 320)
-    assert cache.can_allocate(np.array([4, 2], dtype=np.int32))
-    assert not cache.can_allocate(np.array([4, 3], dtype=np.int32))
+    assert cache.device_tier.can_allocate(np.array([4, 2], dtype=np.int32))
+    assert not cache.device_tier.can_allocate(np.array([4, 3], dtype=np.int32))
     with pytest.raises(OutOfPages, match=r"\[4, 3\] pages wanted"):
-        cache.allocate(np.array([0, 1, 0, 1, 0, 1, 0], dtype=np.int32))
+        cache.device_tier.allocate(np.array([0, 1, 0, 1, 0, 1, 0], dtype=np.int32))
     assert cache.bytes_in_use == 0
 
 
 def test_memory_of_one_format_serves_another() -> None:
     cache = PagedCache(LAYOUT, 6 * 320)
     formats = np.array([0] * 6, dtype=np.int32)
-    ids = cache.allocate(formats)
-    assert not cache.can_allocate(np.array([0, 1], dtype=np.int32))
-    cache.release(ids, formats)
-    assert cache.can_allocate(np.array([0, 6], dtype=np.int32))
+    ids = cache.device_tier.allocate(formats)
+    assert not cache.device_tier.can_allocate(np.array([0, 1], dtype=np.int32))
+    cache.device_tier.release(ids, formats)
+    assert cache.device_tier.can_allocate(np.array([0, 6], dtype=np.int32))
     mixed = np.array([1, 0, 1, 0, 1, 1], dtype=np.int32)
-    ids = cache.allocate(mixed)
-    cache.retain(ids[:2], mixed[:2])
-    assert cache.shared(ids, mixed).tolist() == [True, True, False, False, False, False]
+    ids = cache.device_tier.allocate(mixed)
+    cache.device_tier.retain(ids[:2], mixed[:2])
+    assert cache.device_tier.shared(ids, mixed).tolist() == [True, True, False, False, False, False]
     assert cache.bytes_in_use == 4 * 256 + 2 * 320
 
 

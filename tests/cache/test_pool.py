@@ -168,5 +168,5 @@ def test_moves_towards_the_front_may_overlap(
     target = np.arange(7, dtype=np.int32)
     pool.move_tokens((ids[source // 4], source % 4), (ids[target // 4], target % 4))
     for name, rows in before.items():
-        assert torch.equal(pool.tokens(ids, name)[:7], rows[source])
-        assert torch.equal(pool.tokens(ids, name)[7:], rows[7:])
+        assert torch.equal(pool.gather(ids, name).flatten(0, 1)[:7], rows[source])
+        assert torch.equal(pool.gather(ids, name).flatten(0, 1)[7:], rows[7:])

@@ -48,28 +48,26 @@ class TestRoom:
     def test_a_new_sequence_holds_nothing(self) -> None:
         cache = make_cache()
         sequence = cache.new_sequence()
-        assert (sequence.bytes, sequence.kv_bytes, sequence.room, cache.bytes_in_use) == (0,) * 4
+        assert (sequence.bytes, sequence.room, cache.bytes_in_use) == (0,) * 3
 
     def test_reserve_takes_whole_pages_and_no_more(self) -> None:
         cache = make_cache()
         sequence = grown(cache, 6)
         assert sequence.page_counts.tolist() == [2, 2, 2]
         assert sequence.bytes == cache.bytes_in_use == 2 * (2 * 320 + 256)
-        assert sequence.kv_bytes == 6 * (2 * 64 + 40)
         assert sequence.room == 2
 
     def test_room_within_a_page_costs_nothing(self) -> None:
         sequence = grown(make_cache(), 6)
-        assert sequence.pages_needed(2).tolist() == [0, 0]
-        assert sequence.pages_needed(3).tolist() == [2, 1]
-        assert sequence.pages_needed(7).tolist() == [4, 2]
+        for n, pages in ((2, 2), (3, 3), (6, 3), (7, 4)):
+            sequence.reserve(n)
+            assert sequence.page_counts.tolist() == [pages] * 3
 
     def test_the_room_is_that_of_the_fullest_row(self) -> None:
         sequence = grown(make_cache(), 6)
         sequence.keep(0, [np.arange(4), np.arange(1)])
-        assert sequence.pages_needed(1).tolist() == [1, 0]
-        assert sequence.pages_needed(3).tolist() == [1, 1]
         sequence.reserve(1)
+        assert sequence.page_counts.tolist() == [2, 1, 2]
         assert sequence.room == 2
 
     def test_reserving_again_does_not_add_up(self) -> None:
@@ -192,7 +190,7 @@ class TestKeep:
         cache = make_cache(capacity=6_000)
         sequence = grown(cache, 18)
         branch = sequence.fork()
-        cache.allocate(np.zeros(cache.pools[0].free_pages, dtype=np.int32))
+        cache.device_tier.allocate(np.zeros(cache.pools[0].free_pages, dtype=np.int32))
         before = (cache.bytes_in_use, sequence.tables.tolist(), sequence.lengths.tolist())
         half = np.arange(1, 18, 2)
         with pytest.raises(OutOfPages):
@@ -218,11 +216,10 @@ class TestFork:
         branch = sequence.fork()
         assert cache.bytes_in_use == in_use
         assert branch.bytes == sequence.bytes
-        assert branch.pages_needed(1).tolist() == [2, 1]  # copies of the half-full pages
-        tokens.grow(branch, [100])
+        tokens.grow(branch, [100])  # copies the half-full pages
         assert cache.bytes_in_use == in_use + 2 * 320 + 256
-        assert sequence.pages_needed(1).tolist() == [0, 0]  # its tail is its own again
-        tokens.grow(sequence, [200])
+        tokens.grow(sequence, [200])  # its tail is its own again
+        assert cache.bytes_in_use == in_use + 2 * 320 + 256
         assert serials(branch, 0, 1) == [*range(10), 100]
         assert serials(sequence, 0, 1) == [*range(10), 200]
 
@@ -235,10 +232,11 @@ class TestFork:
         assert torch.equal(cache.pools[0].read(branch.tables[0, :3]), shared)
 
     def test_full_pages_are_never_copied(self) -> None:
-        sequence = grown(make_cache(), 8)
+        cache = make_cache()
+        sequence = grown(cache, 8)
         branch = sequence.fork()
-        assert branch.pages_needed(1).tolist() == [2, 1]
         tokens.grow(branch, [100])
+        assert cache.bytes_in_use == sequence.bytes + 2 * 320 + 256
         assert np.array_equal(branch.tables[:, :2], sequence.tables[:, :2])
 
     def test_pages_reserved_ahead_stay_with_their_branch(self) -> None:
@@ -341,7 +339,6 @@ class TestSwap:
         sequence.swap_out()
         for use in (
             lambda: sequence.reserve(1),
-            lambda: sequence.pages_needed(1),
             lambda: sequence.keep(0, [np.arange(2), np.arange(2)]),
             sequence.fork,
             sequence.swap_out,
@@ -367,7 +364,7 @@ class TestFree:
             sequence.free()
             assert cache.bytes_in_use == other.bytes
             assert cache.swap_bytes_in_use == 0
-            assert sequence.bytes == sequence.kv_bytes == 0
+            assert sequence.bytes == 0
         with pytest.raises(PageError, match="freed"):
             sequence.reserve(1)
 

@@ -21,7 +21,10 @@ def values(serials: Sequence[int], row: int, dim: int) -> torch.Tensor:
 
 
 def append(
-    cache: PagedCache, sequences: Sequence[SequenceCache], serials: Sequence[Sequence[int]]
+    cache: PagedCache,
+    sequences: Sequence[SequenceCache],
+    serials: Sequence[Sequence[int]],
+    layers: range | None = None,
 ) -> None:
     """Append the numbered tokens to each sequence in one batch; room must be reserved."""
     counts = [len(new) for new in serials]
@@ -31,17 +34,27 @@ def append(
     ]
     batch = BatchView(cache, sequences, counts, torch.cat(positions))
     flat = [serial for new in serials for serial in new]
-    for i, layer in enumerate(cache.layout.layers):
+    for i in layers or range(len(cache.layout.layers)):
+        layer = cache.layout.layers[i]
         rows = range(cache.layout.rows(i).start, cache.layout.rows(i).stop)
         k = torch.stack([keys(flat, row, layer.k_dim) for row in rows], dim=1)
         v = torch.stack([values(flat, row, layer.v_dim) for row in rows], dim=1)
         batch.append(i, k, v)
     for sequence, n in zip(sequences, counts, strict=True):
-        sequence.advance(n)
+        sequence.advance(n, layers)
 
 
-def grow(sequence: SequenceCache, serials: Sequence[int]) -> None:
+def grow(sequence: SequenceCache, serials: Sequence[int], layers: range | None = None) -> None:
     """Reserve room for the numbered tokens, append them, trim."""
-    sequence.reserve(len(serials))
-    append(sequence.cache, [sequence], [serials])
+    sequence.reserve(len(serials), layers)
+    append(sequence.cache, [sequence], [serials], layers)
     sequence.trim()
+
+
+def stored(serials: Sequence[int], heads: int) -> dict[str, torch.Tensor]:
+    """The numbered tokens as a put into a store of `PageFormat.dense(_, 8, 8, float32)`."""
+    return {
+        "k": torch.stack([keys(serials, head, 8) for head in range(heads)]),
+        "v": torch.stack([values(serials, head, 8) for head in range(heads)]),
+        "position": torch.tensor(serials, dtype=torch.int32).expand(heads, -1)[..., None],
+    }

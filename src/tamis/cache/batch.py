@@ -17,7 +17,9 @@ from tamis.cache.sequence import SequenceCache
 class BatchView:
     """The page tables of a batch, put together once per step and sliced per layer.
 
-    It is valid from the sequences' `reserve` to their `advance`.
+    It is valid from the sequences' `reserve` to their `advance`. Sequences may have different
+    side columns; attention sees the keys, values and positions of all of them. A layer for which
+    a sequence has not reserved the tokens can be read, but not appended to.
 
     Attributes:
         starts: sequence `i` adds the tokens starts[i] .. starts[i + 1] - 1 of the step,
@@ -37,18 +39,16 @@ class BatchView:
         Args:
             cache: the cache of all the sequences.
             sequences: the batch, in the order of the step's tokens.
-            new_tokens: how many tokens each sequence adds; they must be reserved.
+            new_tokens: how many tokens each sequence adds; they must be reserved in the layers
+                that `append` is called for.
             positions: absolute positions of those tokens, int32 [sum of new_tokens], on the
                 cache's device.
-
-        Raises:
-            PageError: a sequence adds more tokens than it has reserved.
         """
+        self._lacking: dict[int, tuple[int, int]] = {}  # layer: tokens added, tokens reserved
         for sequence, n in zip(sequences, new_tokens, strict=True):
             if n > sequence.room:
-                raise PageError(
-                    f"a batch adds {n} tokens to a sequence with {sequence.room} reserved"
-                )
+                rooms = enumerate(sequence.layer_room().tolist())
+                self._lacking |= {layer: (n, room) for layer, room in rooms if room < n}
         width = max(sequence.width for sequence in sequences)
         shape = (len(sequences), cache.layout.n_rows)
         tables = np.zeros((*shape, width), dtype=np.int32)
@@ -75,7 +75,13 @@ class BatchView:
             layer: the layer.
             k: [tokens, kv_heads, k_dim] in the cache's dtype.
             v: [tokens, kv_heads, v_dim] in the cache's dtype.
+
+        Raises:
+            PageError: a sequence adds more tokens than it has reserved in this layer.
         """
+        if layer in self._lacking:
+            n, room = self._lacking[layer]
+            raise PageError(f"a batch adds {n} tokens to a sequence with {room} reserved")
         rows = self._layout.rows(layer)
         moves.append(
             self._data,

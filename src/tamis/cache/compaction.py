@@ -1,4 +1,4 @@
-"""Which tokens move where when each head keeps some of its tokens."""
+"""Which tokens move where when rows keep some of their tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tamis.cache.pool import IntArray
-
-
-def ragged_arange(counts: IntArray) -> IntArray:
-    """0 .. count - 1 for each of the `counts`, one after the other, int32 [sum of counts]."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if ends.size else 0
-    return np.arange(total, dtype=np.int32) - np.repeat((ends - counts).astype(np.int32), counts)
+from tamis.cache.pool import IntArray, ragged_arange
 
 
 @dataclass(frozen=True)
@@ -25,8 +18,9 @@ class Compaction:
         lengths: tokens that each head keeps, int32 [heads].
         first_page: the first page of each head that is written, int32 [heads]; the pages before
             it stay as they are. Equal to the number of pages kept where nothing moves.
-        head, source, target: token `source` of `head` becomes its token `target`, int32 [moves];
-            every token of a written page is among them.
+        head, source, target: token `source` of `head` becomes its token `target`, int32 [moves].
+        first_changed: the first page of each head whose tokens are not what they were, int32
+            [heads]: the pages kept if none is. A page cut short counts as changed.
     """
 
     lengths: IntArray
@@ -34,6 +28,7 @@ class Compaction:
     head: IntArray
     source: IntArray
     target: IntArray
+    first_changed: IntArray
 
 
 def plan_compaction(lengths: IntArray, indices: Sequence[IntArray], page_size: int) -> Compaction:
@@ -66,4 +61,49 @@ def plan_compaction(lengths: IntArray, indices: Sequence[IntArray], page_size: i
     unmoved = np.bincount(head[source == target], minlength=kept.size).astype(np.int32)
     first_page = np.where(unmoved < kept, unmoved // page_size, -(-kept // page_size))
     moves = target >= first_page[head] * page_size
-    return Compaction(kept, first_page, head[moves], source[moves], target[moves])
+    changed = _first_changed(lengths, kept, first_page, page_size)
+    return Compaction(kept, first_page, head[moves], source[moves], target[moves], changed)
+
+
+def plan_retraction(lengths: IntArray, n: int, kept: Sequence[int], page_size: int) -> Compaction:
+    """Plan the moves for keeping, of the last `n` tokens of each row, those at offsets `kept`.
+
+    The work depends on `n` and the number of rows, not on the lengths.
+
+    Args:
+        lengths: tokens cached per row, int32 [rows].
+        n: how many tokens at the end of each row are in question.
+        kept: ascending offsets within 0 .. n - 1.
+        page_size: tokens per page.
+
+    Raises:
+        ValueError: a row has fewer than `n` tokens, or `kept` does not ascend within 0 .. n - 1.
+    """
+    if not 0 <= n <= lengths.min():
+        raise ValueError(f"{n} tokens retracted of a row with {lengths.min()}")
+    offsets = np.array(kept, dtype=np.int32)
+    if offsets.size and (offsets[0] < 0 or offsets[-1] >= n or (np.diff(offsets) <= 0).any()):
+        raise ValueError(f"the offsets to keep must ascend within 0 .. {n - 1}, got {list(kept)}")
+    targets = np.arange(offsets.size, dtype=np.int32)
+    moves = offsets != targets
+    base = lengths - np.int32(n)
+    left = base + np.int32(offsets.size)
+    pages_kept = -(-left // page_size)
+    first_move = int(np.count_nonzero(~moves))  # ascending offsets: the first ones stay
+    first_page = (base + first_move) // page_size if moves.any() else pages_kept
+    return Compaction(
+        left,
+        first_page,
+        np.repeat(np.arange(lengths.size, dtype=np.int32), np.count_nonzero(moves)),
+        (base[:, None] + offsets[moves]).ravel(),
+        (base[:, None] + targets[moves]).ravel(),
+        _first_changed(lengths, left, first_page, page_size),
+    )
+
+
+def _first_changed(
+    before: IntArray, after: IntArray, first_page: IntArray, page_size: int
+) -> IntArray:
+    """`Compaction.first_changed` from the lengths before and after."""
+    cut = np.where(after < before, after // page_size, -(-after // page_size))
+    return np.minimum(first_page, cut)

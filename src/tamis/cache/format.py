@@ -1,9 +1,9 @@
 """What a page is: a fixed number of tokens of one KV head of one layer, stored field by field.
 
-A page is one run of bytes in the arena. Each *field* (the keys, the values, the absolute
-positions, and whatever a method adds per token) occupies `page_size` rows of `width` elements.
-Because positions and side columns lie in the page itself, copying, sharing or swapping a page is
-copying its bytes, whatever it holds.
+A page is one run of bytes in the arena. Each *field* occupies rows of `width` elements: one row
+per token (the keys, the values, the absolute positions, a method's side columns) or a fixed number
+of rows per page (its summary, the scales of its token groups). Because all of them lie in the page
+itself, copying, sharing or swapping a page is copying its bytes, whatever it holds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
+from tamis.errors import ConfigError
 
 UNIT = 64
 """Pages start on multiples of UNIT bytes. A page id is its byte offset in the arena over UNIT, so
@@ -25,24 +27,51 @@ def align(n_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Field:
-    """One value per token: `width` elements of `dtype`."""
+    """Rows of `width` elements of `dtype`.
+
+    Attributes:
+        name: what the field is called; a page has one field of a name.
+        dtype: of the elements.
+        width: elements per row.
+        rows: rows per page; None for one row per token of the page.
+    """
 
     name: str
     dtype: torch.dtype
     width: int
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or (self.rows is not None and self.rows < 1):
+            raise ConfigError(
+                f"field {self.name!r} has width {self.width} and rows {self.rows}; "
+                "both must be at least 1, or rows None for one per token"
+            )
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's row."""
+        """Bytes of one row."""
         return self.width * self.dtype.itemsize
+
+    def rows_in(self, page_size: int) -> int:
+        """Rows in a page of `page_size` tokens."""
+        return page_size if self.rows is None else self.rows
 
 
 @dataclass(frozen=True)
 class PageFormat:
-    """The layout of a page: `page_size` rows of each field, field after field, UNIT-aligned."""
+    """The layout of a page of `page_size` tokens: field after field, UNIT-aligned."""
 
     page_size: int
     fields: tuple[Field, ...]
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in self.fields]
+        if self.page_size < 1 or not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"a page of {self.page_size} tokens with the fields {names} is impossible; "
+                "it needs at least one token and at least one field, and names that differ"
+            )
 
     @classmethod
     def dense(cls, page_size: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> PageFormat:
@@ -56,19 +85,26 @@ class PageFormat:
             ),
         )
 
+    def extended(self, fields: tuple[Field, ...]) -> PageFormat:
+        """This format with further fields after its own, whose offsets stay as they are.
+
+        Whatever reads pages of this format reads pages of the extended one just as well.
+        """
+        return PageFormat(self.page_size, self.fields + fields) if fields else self
+
     @cached_property
     def offsets(self) -> dict[str, int]:
         """Byte offset of each field's first row from the start of the page."""
         offsets, at = {}, 0
         for field in self.fields:
             offsets[field.name] = at
-            at += align(self.page_size * field.row_bytes)
+            at += self._field_bytes(field)
         return offsets
 
     @cached_property
     def page_bytes(self) -> int:
         """Bytes of one page, padding included: what the pool accounts for."""
-        return sum(align(self.page_size * field.row_bytes) for field in self.fields)
+        return sum(self._field_bytes(field) for field in self.fields)
 
     def field(self, name: str) -> Field:
         """The field called `name`; KeyError if the format has none."""
@@ -89,17 +125,22 @@ class PageFormat:
             name: the field.
 
         Returns:
-            A view (no copy) `[page ids, page_size, width]` of the field's dtype: `view[id, row]`
-            is token `row` of page `id`. Only ids of pages of this format are meaningful.
+            A view (no copy) `[page ids, rows, width]` of the field's dtype: `view[id, row]` is
+            row `row` of page `id`, and `rows` is page_size for a field with a row per token. Only
+            ids of pages of this format are meaningful.
         """
         field = self.field(name)
         flat = data.view(field.dtype)
         n_ids = max(0, (data.numel() - self.page_bytes) // UNIT + 1)
         return flat.as_strided(
-            (n_ids, self.page_size, field.width),
+            (n_ids, field.rows_in(self.page_size), field.width),
             (UNIT // field.dtype.itemsize, field.width, 1),
             flat.storage_offset() + self.offsets[name] // field.dtype.itemsize,
         )
+
+    def _field_bytes(self, field: Field) -> int:
+        """Bytes of one field in a page, padding included."""
+        return align(field.rows_in(self.page_size) * field.row_bytes)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from tamis.cache.format import PageFormat
+from tamis.cache.format import Field, PageFormat
 from tamis.cache.pool import IntArray
 from tamis.errors import ConfigError
 
 _BLOCK_BYTES = 1 << 20
 _MIN_BLOCKS = 64
+_SMALL_BLOCK_PAGES = 4
+_FEWEST_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class CacheLayout:
         layers: the attention layers, in order.
         page_size: tokens per page.
         dtype: of keys and values.
+        columns: fields that every page holds after its keys, values and positions.
     """
 
     layers: tuple[LayerShape, ...]
     page_size: int
     dtype: torch.dtype
+    columns: tuple[Field, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -57,6 +61,16 @@ class CacheLayout:
         for layer in self.layers:
             if layer.window is not None and layer.window < 1:
                 raise ConfigError(f"a layer's window is {layer.window}; it must be at least 1")
+
+    def with_columns(self, columns: tuple[Field, ...]) -> CacheLayout:
+        """The same rows with other side columns.
+
+        Raises:
+            ConfigError: two columns have one name, or that of a field which every page has.
+        """
+        layout = replace(self, columns=columns)
+        layout.formats  # noqa: B018 - made, and thereby checked, where the caller can still act
+        return layout
 
     @cached_property
     def formats(self) -> tuple[PageFormat, ...]:
@@ -92,14 +106,6 @@ class CacheLayout:
     def rows(self, layer: int) -> slice:
         """The rows of one layer's KV heads."""
         return self._slices[layer]
-
-    @cached_property
-    def kv_bytes_per_row(self) -> IntArray:
-        """Bytes of one token's key and value in each row, int32 [n_rows]."""
-        per_format = [
-            format.field("k").row_bytes + format.field("v").row_bytes for format in self.formats
-        ]
-        return np.array(per_format, dtype=np.int32)[self.row_formats]
 
     @property
     def bytes_per_token(self) -> float:
@@ -147,11 +153,30 @@ class CacheLayout:
         )
 
     def block_bytes(self, capacity_bytes: int) -> int:
-        """Size of the arena's blocks: whole pages of the largest format, about 1 MiB, and less
-        where the arena is so small that rounding to blocks would cost much of it."""
-        page_bytes = max(format.page_bytes for format in self.formats)
-        target = min(_BLOCK_BYTES, capacity_bytes // _MIN_BLOCKS)
+        """Size of the blocks of an arena: the same whatever the columns.
+
+        Whole pages of the largest format without columns, about 1 MiB, and less where the arena
+        is so small that rounding to blocks would cost much of it; but several pages where it can
+        be, so that pages with columns fit too.
+        """
+        page_bytes = self._plain_page_bytes
+        roomy = min(_SMALL_BLOCK_PAGES * page_bytes, capacity_bytes // _FEWEST_BLOCKS)
+        target = min(_BLOCK_BYTES, max(capacity_bytes // _MIN_BLOCKS, roomy))
         return page_bytes * max(1, target // page_bytes)
+
+    def capacity_for_page(self, page_bytes: int) -> int:
+        """Bytes of an arena whose blocks hold a page of `page_bytes` bytes.
+
+        Raises:
+            ConfigError: no arena has so large blocks.
+        """
+        block_bytes = -(-page_bytes // self._plain_page_bytes) * self._plain_page_bytes
+        if block_bytes > max(_BLOCK_BYTES, self._plain_page_bytes):
+            raise ConfigError(
+                f"a page of {page_bytes} bytes is larger than any block of memory can be "
+                f"({_BLOCK_BYTES} bytes); choose a smaller page_size"
+            )
+        return 0 if block_bytes <= self._plain_page_bytes else block_bytes * _MIN_BLOCKS
 
     def blocks(self, block_bytes: int, pages: IntArray) -> int:
         """Blocks of an empty arena that so many pages of each format, int32 [formats], take."""
@@ -161,14 +186,25 @@ class CacheLayout:
         )
 
     def capacity_for(self, pages: IntArray) -> int:
-        """Bytes of an arena that holds so many pages, int32 [formats]."""
+        """Bytes of an arena that holds so many pages, int32 [formats].
+
+        Raises:
+            ConfigError: no arena has blocks that hold a page of the largest format.
+        """
+        largest = max(format.page_bytes for format in self.formats)
         capacity = 0
-        needed = self.bytes_of(pages)
+        needed = max(self.bytes_of(pages), self.capacity_for_page(largest))
         while needed > capacity:  # larger arenas have larger blocks
             capacity = needed
             block_bytes = self.block_bytes(capacity)
             needed = self.blocks(block_bytes, pages) * block_bytes
         return capacity
+
+    @cached_property
+    def _plain_page_bytes(self) -> int:
+        """Bytes of a page of the largest format without columns."""
+        plain = self if not self.columns else replace(self, columns=())
+        return max(format.page_bytes for format in plain.formats)
 
     @cached_property
     def _slices(self) -> tuple[slice, ...]:
@@ -184,4 +220,5 @@ class CacheLayout:
         return np.repeat(windows, heads)
 
     def _format(self, layer: LayerShape) -> PageFormat:
-        return PageFormat.dense(self.page_size, layer.k_dim, layer.v_dim, self.dtype)
+        plain = PageFormat.dense(self.page_size, layer.k_dim, layer.v_dim, self.dtype)
+        return plain.extended(self.columns)

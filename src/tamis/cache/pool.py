@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,10 @@ class PagePool:
         self._pages_peak = 0
         self._views: dict[str, torch.Tensor] = {}
         self._words = self._indexable(self._page_words())
-        self._rows = [self._indexable(_as_integers(self.view(f.name))) for f in format.fields]
+        self._rows = {
+            field.name: self._indexable(as_integers(self.view(field.name)))
+            for field in format.fields
+        }
         arena.register(self)
 
     @property
@@ -149,15 +152,39 @@ class PagePool:
         return self._references[self._slots(ids)]
 
     def view(self, name: str) -> torch.Tensor:
-        """All pages' rows of one field, `[page ids, page_size, width]`; see PageFormat.view."""
+        """All pages' rows of one field, `[page ids, rows, width]`; see PageFormat.view."""
         if name not in self._views:
             self._views[name] = self.format.view(self.arena.data, name)
         return self._views[name]
 
-    def tokens(self, ids: IntArray, name: str) -> torch.Tensor:
-        """A copy of one field of whole pages, `[n * page_size, width]`, on the device."""
-        index = torch.from_numpy(ids.astype(np.int64)).to(self.arena.data.device)
-        return self.view(name)[index].flatten(0, 1)
+    def gather(self, ids: IntArray, name: str) -> torch.Tensor:
+        """A copy of one field of whole pages, `[*ids.shape, rows, width]`, where the pages lie."""
+        rows = torch.as_tensor(self._rows[name][self._index(ids)])
+        return rows.view(self.format.field(name).dtype)
+
+    def scatter(self, ids: IntArray, name: str, values: torch.Tensor) -> None:
+        """Overwrite one field of whole pages with `values` [n, rows, width] of its dtype."""
+        self._rows[name][self._index(ids)] = self._elements(values)
+
+    def scatter_rows(self, ids: IntArray, rows: IntArray, name: str, values: torch.Tensor) -> None:
+        """Overwrite row rows[i] of page ids[i] in one field, `values` [n, width] of its dtype."""
+        self._rows[name][self._index(ids), self._index(rows)] = self._elements(values)
+
+    def clear(self, ids: IntArray, names: Iterable[str]) -> None:
+        """Set some fields of whole pages to zero."""
+        index = self._index(ids)
+        for name in names:
+            self._rows[name][index] = 0
+
+    def clear_from(self, ids: IntArray, first: IntArray, names: Iterable[str]) -> None:
+        """Set rows first[i] and later of page ids[i] to zero, in those of the fields that have a
+        row per token."""
+        counts = self.format.page_size - first
+        index = self._index(np.repeat(ids, counts))
+        rows = self._index(np.repeat(first, counts) + ragged_arange(counts))
+        for name in names:
+            if self.format.field(name).rows is None:
+                self._rows[name][index, rows] = 0
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages, byte for byte, to other pages."""
@@ -181,7 +208,7 @@ class PagePool:
     def move_tokens(
         self, source: tuple[IntArray, IntArray], target: tuple[IntArray, IntArray]
     ) -> None:
-        """Copy tokens with all their fields between pages.
+        """Copy tokens with all their fields between pages; fields of whole pages stay.
 
         Moves are made in their order, but many at once: a token may lie where an earlier move
         reads, not where an earlier move writes.
@@ -194,8 +221,10 @@ class PagePool:
         for piece in _pieces(n, _PIECE_TOKENS):
             source_page, source_row = (self._index(array[piece]) for array in source)
             target_page, target_row = (self._index(array[piece]) for array in target)
-            for rows in self._rows:
-                rows[target_page, target_row] = rows[source_page, source_row]
+            for field in self.format.fields:
+                if field.rows is None:
+                    rows = self._rows[field.name]
+                    rows[target_page, target_row] = rows[source_page, source_row]
 
     def give_back(self) -> None:
         """Return every empty block to the arena."""
@@ -257,11 +286,22 @@ class PagePool:
     def _indexable(self, tensor: torch.Tensor) -> Any:
         return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
+    def _elements(self, values: torch.Tensor) -> Any:
+        """Values as this pool's rows take them."""
+        return self._indexable(as_integers(values.detach().to(self.arena.data.device)))
+
     def _index(self, array: IntArray) -> Any:
         return self._indexable(torch.from_numpy(array.astype(np.int64)).to(self.arena.data.device))
 
 
-def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+def ragged_arange(counts: IntArray) -> IntArray:
+    """0 .. count - 1 for each of the `counts`, one after the other, int32 [sum of counts]."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if ends.size else 0
+    return np.arange(total, dtype=np.int32) - np.repeat((ends - counts).astype(np.int32), counts)
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """The same elements as integers of the same size, for numpy, which knows no bfloat16."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()])

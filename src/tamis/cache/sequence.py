@@ -1,15 +1,20 @@
-"""One sequence's part of the cache: a page table, a length and positions for every KV head."""
+"""One sequence's part of the cache: the life of its live pages, and its stores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tamis.cache.compaction import plan_compaction, ragged_arange
-from tamis.cache.pool import IntArray, PageError
+from tamis.cache.compaction import Compaction, plan_compaction, plan_retraction
+from tamis.cache.format import Field, PagedKV, PageFormat
+from tamis.cache.live import LivePages
+from tamis.cache.pool import IntArray, PageError, ragged_arange
+from tamis.cache.store import Store
+from tamis.cache.tables import PageTables, SwappedPages
 
 if TYPE_CHECKING:
     from tamis.cache.paged import PagedCache
@@ -21,42 +26,51 @@ class OutOfSwap(Exception):  # noqa: N818 - an event for the scheduler, not a fa
     """The host memory for swapped sequences is full; nothing was changed."""
 
 
-class SequenceCache:
-    """The cached tokens of one sequence, one row per KV head per layer.
+class SequenceCache(LivePages):
+    """The cached tokens of one sequence, one row per KV head per layer, and its stores.
 
     Rows may differ in length once tokens are evicted or fall out of a window. A step goes:
     `reserve(n)` makes room, the attention callback writes the new tokens (BatchView.append),
     `advance(n)` counts them, `trim()` drops what no window reaches any more. Operations that can
-    run out of room change nothing when they do.
+    run out of room change nothing when they do. The side columns of a token that is appended are
+    zero, and so are the summaries of a page that is begun.
 
     Attributes:
-        tables: page ids, int32 [rows, capacity]; see `page_counts` for how many are meant.
-        page_counts: pages held per row, int32 [rows], those reserved ahead included.
-        lengths: cached tokens per row, int32 [rows].
+        cache: the cache it belongs to.
+        stores: its stores by name.
         width: the most pages that any row holds.
         next_position: absolute position of the next token; not the length once tokens are gone.
+            `advance` counts it on; whoever runs tokens at other positions may set it.
     """
 
-    def __init__(self, cache: PagedCache) -> None:
+    def __init__(self, cache: PagedCache, columns: tuple[Field, ...] = ()) -> None:
+        """An empty sequence.
+
+        Args:
+            cache: where it lives.
+            columns: fields that its pages hold after keys, values and positions.
+
+        Raises:
+            ConfigError: the columns' names clash, or a page with them does not fit the blocks of
+                the cache's memory.
+        """
+        super().__init__(cache.device_tier, *cache.rows_with(columns))
         self.cache = cache
-        self.layout = cache.layout
-        n_rows = self.layout.n_rows
-        self.tables: IntArray = np.zeros((n_rows, 0), dtype=np.int32)
-        self.page_counts: IntArray = np.zeros(n_rows, dtype=np.int32)
-        self.lengths: IntArray = np.zeros(n_rows, dtype=np.int32)
+        self.stores: dict[str, Store] = {}
         self.width = 0
         self.next_position = 0
+        self._column_names = tuple(field.name for field in columns)
         self._room = 0  # tokens that may be appended to every row without another look
         self._until_trim = 0  # tokens that may be appended before a window drops a page
-        self._check_tails = False  # a partly filled last page may be shared
-        self._swapped: list[torch.Tensor] | None = None
-        self._freed = False
+        # Rows whose partly filled last page may be shared, or hold columns of tokens now gone.
+        self._check_tails = np.zeros(self.layout.n_rows, dtype=np.bool_)
+        self._swapped: list[SwappedPages] = []
         self._settle()
 
     @property
     def swapped(self) -> bool:
         """Whether the pages lie in host memory."""
-        return self._swapped is not None
+        return bool(self._swapped)
 
     @property
     def room(self) -> int:
@@ -65,56 +79,66 @@ class SequenceCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the pages held, shared and reserved ones included, here or in host memory."""
-        return self._held_bytes
+        """Bytes of the device pages held, or of what they take while swapped out: shared and
+        reserved ones and the stores of the device tier included."""
+        return self._live_bytes + sum(store.bytes for store in self._device_stores())
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of the cached tokens' keys and values alone."""
-        return int(np.dot(self.lengths.astype(np.int64), self.layout.kv_bytes_per_row))
+    def host_bytes(self) -> int:
+        """Bytes of the pages held by stores in the host tier."""
+        return sum(s.bytes for s in self.stores.values() if s.tier is not self.tier)
 
-    def pages_needed(self, n: int) -> IntArray:
-        """Pages of each format that `reserve(n)` would take, int32 [formats]."""
-        self._require_resident()
-        extra, shared = self._missing(n)
-        np.add.at(extra, shared, 1)
-        return self.layout.count(extra)
+    def layer_room(self) -> IntArray:
+        """Tokens that are reserved and not yet used, per layer, int32 [layers]."""
+        starts = [self.layout.rows(layer).start for layer in range(len(self.layout.layers))]
+        room = np.where(self._check_tails, 0, self._row_room())
+        fewest: IntArray = np.minimum.reduceat(room, starts)
+        return np.zeros_like(fewest) if self._absent else fewest
 
-    def reserve(self, n: int) -> None:
-        """Make room for `n` more tokens in every row.
+    def reserve(self, n: int, layers: range | None = None) -> None:
+        """Make room for `n` more tokens in every row of these layers (None: all).
 
         A partly filled last page that is shared with a fork is copied first, so that writing
         the new tokens leaves the other branch as it is.
 
         Raises:
             OutOfPages: too few pages are free; nothing was changed.
+            ValueError: `layers` is not a run of consecutive layers.
         """
-        if n <= self._room:
+        if n <= 0 or (layers is None and n <= self._room):
             return
         self._require_resident()
-        extra, shared = self._missing(n)
-        rows = self._rows(extra)
-        formats = self.layout.row_formats
-        ids = self.cache.allocate(formats[np.concatenate([rows, shared])])
-        self._widen(int((self.page_counts + extra).max()))
-        self.tables[rows, self.page_counts[rows] + ragged_arange(extra)] = ids[: rows.size]
-        self.page_counts += extra
-        if shared.size:
-            tails = self.lengths[shared] // self.layout.page_size
-            old = self.tables[shared, tails]
-            new = ids[rows.size :]
-            self.cache.copy(old, new, formats[shared])
-            self.cache.release(old, formats[shared])
-            self.tables[shared, tails] = new
-        self._check_tails = False
+        span = self._span(layers)
+        page_size = self.layout.page_size
+        lengths, counts = self.lengths[span], self.page_counts[span]
+        extra = np.maximum(-(-(lengths + n) // page_size) - counts, 0)
+        rows = np.arange(span.start, span.stop, dtype=np.int32)
+        unsure = rows[self._check_tails[span] & (lengths % page_size > 0)]
+        tails = self.lengths[unsure] // page_size
+        shared = self.tier.shared(self.tables[unsure, tails], self.row_pools[unsure])
+        fresh = self.row_pools[np.repeat(rows, extra)]
+        ids = self.tier.allocate(np.concatenate([fresh, self.row_pools[unsure[shared]]]))
+        self._append_pages(rows, extra, ids[: fresh.size])
+        self._replace(unsure[shared], tails[shared], ids[fresh.size :])
+        if self._column_names:
+            self.tier.clear(ids[: fresh.size], fresh, self._column_names)
+            ends = self.lengths[unsure] % page_size
+            ids = self.tables[unsure, tails]
+            self.tier.clear_from(ids, ends, self.row_pools[unsure], self._column_names)
+        self._check_tails[span] = False
         self._settle()
 
-    def advance(self, n: int) -> None:
-        """Count `n` tokens that were appended to every row.
+    def advance(self, n: int, layers: range | None = None) -> None:
+        """Count `n` tokens that were appended to every row of these layers (None: all).
+
+        `next_position` moves on only when the layers are all of them.
 
         Raises:
             PageError: fewer than `n` tokens were reserved.
         """
+        if layers is not None and len(layers) < len(self.layout.layers):
+            self._advance_some(n, self._span(layers))
+            return
         if n > self._room:
             raise PageError(f"{n} tokens appended, {self._room} reserved")
         self.lengths += n
@@ -129,7 +153,7 @@ class SequenceCache:
         `i` of a row has at most the position next_position - length + i, so that tokens up to
         i = length - window can go, exactly where none was evicted and safely where some were.
         """
-        if self._until_trim > 0 or self._freed or self.swapped:
+        if self._until_trim > 0 or self._absent is not None:
             return
         rows = self.layout.window_rows
         drop = np.maximum(self.lengths[rows] - self.layout.windows + 1, 0) // self.layout.page_size
@@ -138,99 +162,103 @@ class SequenceCache:
         old = self.tables[rows, :width]
         columns = np.arange(width, dtype=np.int32)
         gone_row, gone_column = np.nonzero(columns < drop[:, None])
-        self.cache.release(old[gone_row, gone_column], self.layout.row_formats[rows[gone_row]])
+        self.tier.release(old[gone_row, gone_column], self.row_pools[rows[gone_row]])
         left = np.minimum(columns + drop[:, None], width - 1)
         self.tables[rows, :width] = np.take_along_axis(old, left, axis=1)
         self.page_counts[rows] -= drop
         self.lengths[rows] -= drop * self.layout.page_size
         self._settle()
 
-    def keep(self, layer: int, indices: Sequence[IntArray]) -> None:
+    def keep(self, layer: int, indices: Sequence[IntArray]) -> IntArray:
         """Keep some tokens of each KV head of a layer, and free the pages that this leaves empty.
 
-        The kept tokens move to the front with all their fields, positions included. Pages shared
-        with a fork are not written: their tokens move to new pages.
+        The kept tokens move to the front with all their fields, positions and side columns
+        included. Pages shared with a fork are not written: their tokens move to new pages.
 
         Args:
             layer: the layer.
             indices: per KV head the tokens to keep, ascending indices within 0 .. length - 1,
                 integers [kept]; heads may keep different numbers of tokens, or none.
 
+        Returns:
+            Per head the first page whose tokens are not what they were, int32 [kv_heads]; the
+            number of pages if none is. Summaries from there on are the caller's to build again.
+
         Raises:
             OutOfPages: the copies of shared pages do not fit; nothing was changed.
             ValueError: indices that do not ascend or lie outside; nothing was changed.
         """
-        self._require_resident()
-        layer_rows = self.layout.rows(layer)
-        page_size = self.layout.page_size
-        plan = plan_compaction(self.lengths[layer_rows], indices, page_size)
-        pages_kept = -(-plan.lengths // page_size)
-        written = pages_kept - plan.first_page
-        heads = np.arange(written.size, dtype=np.int32)
-        row = np.repeat(heads, written) + np.int32(layer_rows.start)
-        column = np.repeat(plan.first_page, written) + ragged_arange(written)
-        formats = self.layout.row_formats
-        shared = self.cache.shared(self.tables[row, column], formats[row])
-        new = self.cache.allocate(formats[row[shared]])
-
-        old_tables = self.tables[layer_rows, : self.width].copy()
-        self.tables[row[shared], column[shared]] = new
-        self.cache.pools[self.layout.layer_formats[layer]].move_tokens(
-            (old_tables[plan.head, plan.source // page_size], plan.source % page_size),
-            (
-                self.tables[plan.head + layer_rows.start, plan.target // page_size],
-                plan.target % page_size,
-            ),
+        rows = self._rows_of(layer)
+        return self._compact(
+            rows, plan_compaction(self.lengths[rows], indices, self.layout.page_size)
         )
-        # What this row no longer refers to: the shared pages it replaced, and the pages left over.
-        surplus = self.page_counts[layer_rows] - pages_kept
-        surplus_head = np.repeat(heads, surplus)
-        surplus_column = np.repeat(pages_kept, surplus) + ragged_arange(surplus)
-        head = np.concatenate([row[shared] - layer_rows.start, surplus_head])
-        gone = old_tables[head, np.concatenate([column[shared], surplus_column])]
-        self.cache.release(gone, formats[head + layer_rows.start])
-        self.page_counts[layer_rows] = pages_kept
-        self.lengths[layer_rows] = plan.lengths
-        self._check_tails = True
-        self._settle()
+
+    def retract(self, n: int, kept: Sequence[int]) -> IntArray:
+        """Of the last `n` tokens of every row, keep some and free the pages of the others.
+
+        This takes back the rejected tokens of a draft, at a cost that does not depend on the
+        context's length. Call it before `trim`, which goes by the rows' lengths. Kept tokens keep
+        the position they were written with; `next_position` goes back by n - len(kept).
+
+        Args:
+            n: how many tokens at the end of each row are in question.
+            kept: ascending offsets among them, within 0 .. n - 1.
+
+        Returns:
+            Per row the first page whose tokens are not what they were, as `keep` does, int32
+            [rows].
+
+        Raises:
+            OutOfPages: the copies of shared pages do not fit; nothing was changed.
+            ValueError: a row holds fewer tokens, or the offsets do not ascend or lie outside.
+        """
+        self._require_resident()
+        plan = plan_retraction(self.lengths, n, kept, self.layout.page_size)
+        changed = self._compact(self._span(None), plan)
+        self.next_position -= n - len(kept)
+        return changed
 
     def fork(self) -> SequenceCache:
         """A second sequence with the same contents, sharing all pages that hold tokens.
 
-        Either branch copies a shared page before it writes to it.
+        Either branch copies a shared page before it writes to it. Stores are shared whole.
         """
         self._require_resident()
-        other = SequenceCache(self.cache)
-        other.page_counts = -(-self.lengths // self.layout.page_size)
-        other.tables = self.tables[:, : int(other.page_counts.max())].copy()
-        other.lengths = self.lengths.copy()
+        other = SequenceCache(self.cache, self.layout.columns)
+        self.share_into(other, self._used())
         other.next_position = self.next_position
-        self.cache.retain(*other._pages(other.page_counts))
+        other.stores = {name: store.fork() for name, store in self.stores.items()}
         for branch in (self, other):
-            branch._check_tails = True
+            branch._check_tails[:] = True
+            branch._may_share[:] = True
             branch._settle()
         return other
 
     def swap_out(self) -> None:
-        """Copy the pages to host memory and free them on the device. Sharing is given up.
+        """Copy the device's pages to host memory and free them. Sharing with forks is given up.
+
+        Stores of the device tier go with the live pages; those of the host tier stay.
 
         Raises:
             OutOfSwap: the cache's `swap_bytes` do not hold them; nothing was changed.
         """
         self._require_resident()
-        cache = self.cache
-        used = -(-self.lengths // self.layout.page_size)
-        ids, formats = self._pages(used)
-        n_bytes = self._bytes(used)
+        cache, used = self.cache, self._used()
+        live_bytes = self._bytes(used)
+        n_bytes = live_bytes + sum(store.bytes for store in self._device_stores())
         if cache.swap_bytes_in_use + n_bytes > cache.swap_bytes:
             free = cache.swap_bytes - cache.swap_bytes_in_use
             raise OutOfSwap(f"{n_bytes} bytes to swap out, {free} bytes of host memory free")
-        self._swapped = cache.read(ids, formats)
+        counts = [used, *(store.page_counts for store in self._device_stores())]
+        parts = list(zip(self._device_tables(), counts, strict=True))
+        self._swapped = [part.to_host(pages) for part, pages in parts]
+        for part, pages in parts:
+            self.tier.release(*part.held())
+            part.page_counts = pages
         cache.swap_bytes_in_use += n_bytes
-        cache.release(*self._pages(self.page_counts))
-        self.page_counts = used
-        self._held_bytes = n_bytes
+        self._live_bytes = live_bytes
         self._room = 0
+        self._absent = "swapped out"
 
     def swap_in(self) -> None:
         """Bring swapped pages back to the device.
@@ -238,99 +266,201 @@ class SequenceCache:
         Raises:
             OutOfPages: too few pages are free; nothing was changed.
         """
-        if self._swapped is None:
+        if not self.swapped:
             raise PageError("swap_in of a sequence that is not swapped out")
-        rows = self._rows(self.page_counts)
-        formats = self.layout.row_formats[rows]
-        ids = self.cache.allocate(formats)
-        self.cache.write(ids, formats, self._swapped)
-        self.tables[rows, ragged_arange(self.page_counts)] = ids
+        pools = [part.pools for part in self._swapped]
+        ids = self.tier.allocate(np.concatenate(pools))
+        ends = np.cumsum([part.size for part in pools])[:-1]
+        parts = zip(self._device_tables(), self._swapped, np.split(ids, ends), strict=True)
+        for tables, swapped, of_part in parts:
+            tables.from_host(swapped, of_part)
         self.cache.swap_bytes_in_use -= self.bytes
-        self._swapped = None
-        self._check_tails = False
+        self._swapped = []
+        self._absent = None
+        self._may_share[:] = False
         self._settle()
 
     def free(self) -> None:
         """Give everything back, on the device or in host memory; again does nothing."""
-        if self._freed:
+        if self._absent == "freed":
             return
         if self.swapped:
             self.cache.swap_bytes_in_use -= self.bytes
-            self._swapped = None
-        else:
-            self.cache.release(*self._pages(self.page_counts))
-        self._freed = True
-        self._held_bytes = 0
-        self.page_counts[:] = 0
-        self.lengths[:] = 0
+            self._swapped = []
+            for tables in self._device_tables():
+                tables.page_counts[:] = 0  # the pages were freed when they were swapped out
+        for store in self.stores.values():
+            store.free()
+        self.release_all()
+        self._absent = "freed"
+        self._live_bytes = 0
         self._room = 0
 
     def held_pages(self) -> tuple[IntArray, IntArray]:
-        """Ids of the pages held on the device and their formats, int32 [pages] each."""
-        return self._pages(np.zeros_like(self.page_counts) if self.swapped else self.page_counts)
+        """Ids of the pages held on the device and their pools, int32 [entries] each; a page that
+        two layers of a store share is there twice."""
+        tables = [] if self.swapped else list(self._device_tables())
+        nothing = np.zeros(0, dtype=np.int32)
+        ids, pools = zip((nothing, nothing), *(part.held() for part in tables), strict=True)
+        return np.concatenate(ids), np.concatenate(pools)
 
-    def contents(self, layer: int, head: int, field: str) -> torch.Tensor:
-        """A copy of one field of a head's cached tokens, [length, width], on the device."""
+    # --- stores ---------------------------------------------------------------------------------
+
+    def add_store(self, name: str, formats: Mapping[int, PageFormat], tier: str = "device") -> None:
+        """Declare a store: pages beside the live ones, of formats of the caller's choice.
+
+        Args:
+            name: what to call it.
+            formats: the page format of each layer that it is to cover. Page sizes may differ from
+                the live pages'; to be read by attention kernels its fields must begin with those
+                of `PageFormat.dense`.
+            tier: "device", or "host" for pages in the cache's `host_bytes`.
+
+        Raises:
+            ConfigError: the tier is unknown, or a page does not fit the blocks of its memory.
+            PageError: there is a store of this name already, or the model has no such layer.
+        """
         self._require_resident()
-        row = self.layout.rows(layer).start + head
-        pool = self.cache.pools[self.layout.layer_formats[layer]]
-        length = int(self.lengths[row])
-        ids = self.tables[row, : pool.format.pages_for(length)]
-        return pool.tokens(ids, field)[:length]
+        layers = self.layout.layers
+        if name in self.stores or not formats or not set(formats) <= set(range(len(layers))):
+            raise PageError(
+                f"store {name!r} for layers {[*formats]} cannot be added beside {[*self.stores]} "
+                f"to a model of {len(layers)} layers"
+            )
+        kv_heads = {layer: layers[layer].kv_heads for layer in formats}
+        self.stores[name] = Store(name, self.cache.tier(tier), formats, kv_heads)
 
-    def positions(self, layer: int, head: int) -> IntArray:
-        """Absolute positions of a head's cached tokens, ascending, int32 [length]."""
-        positions: IntArray = self.contents(layer, head, "position")[:, 0].cpu().numpy()
-        return positions
+    def put(
+        self,
+        name: str,
+        layers: Sequence[int],
+        n_tokens: int,
+        fields: Mapping[str, torch.Tensor],
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        """Append tokens to a store, in fresh pages that are then final.
 
-    def _missing(self, n: int) -> tuple[IntArray, IntArray]:
-        """What room for `n` more tokens takes: new pages per row, int32 [rows], and the rows
-        whose last page is partly filled and shared, int32 [m]."""
+        Args:
+            name: the store.
+            layers: whom the tokens belong to; several layers (of one format and as many KV heads)
+                hold the same pages, which count once.
+            n_tokens: how many tokens every head gets. Earlier puts must have filled their pages.
+            fields: every field of the format, in its dtype: [kv_heads, n_tokens, width] where it
+                has a row per token, [kv_heads, pages, rows, width] where it has rows per page.
+            heads: ascending KV heads that the tokens are for, which the fields' first dimension
+                then counts; None for all.
+
+        Raises:
+            OutOfPages: too few pages are free in the store's tier; nothing was changed.
+            PageError: unknown store or layer, or a head's last page is partly filled.
+            ValueError: fields that do not fit the format; nothing was changed.
+        """
+        self._store(name).put(layers, n_tokens, fields, heads)
+
+    def store_length(self, name: str, layer: int) -> IntArray:
+        """Tokens that a store holds of a layer, int32 [kv_heads]."""
+        store = self._store(name)
+        return store.lengths[store.rows(layer)].copy()
+
+    def stored(
+        self, name: str, layer: int, first_page: int = 0, last_page: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """A copy of pages first_page .. last_page - 1 (None: to the end) of a store.
+
+        Returns:
+            Every field, in the memory of the store's tier: [kv_heads, tokens, width] where it has
+            a row per token, [kv_heads, pages, rows, width] where it has rows per page. Both end
+            with the longest head; what shorter heads lack is zero.
+        """
+        return self._store(name).read(layer, first_page, last_page)
+
+    def store_pages(self, name: str, layer: int) -> PagedKV:
+        """A store's pages of one layer as attention kernels read them, on the device (n = 1).
+
+        Pages in host memory are read where they lie if the device is the CPU, and otherwise
+        copied to a temporary tensor.
+
+        Raises:
+            PageError: the format does not begin with keys, values and positions.
+        """
+        return self._store(name).pages(layer, self.tier.arena.data.device)
+
+    def clear_store(self, name: str, layer: int) -> None:
+        """Give back a store's pages of one layer; pages that another layer holds stay with it."""
+        self._store(name).clear(layer)
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    def _store(self, name: str) -> Store:
+        self._require_resident()
+        if name not in self.stores:
+            raise PageError(f"there is no store {name!r} among {[*self.stores]}")
+        return self.stores[name]
+
+    def _device_stores(self) -> Iterator[Store]:
+        return (store for store in self.stores.values() if store.tier is self.tier)
+
+    def _device_tables(self) -> Iterator[PageTables]:
+        """Everything that holds pages of the device, the live pages first."""
+        return chain([self], self._device_stores())
+
+    def _advance_some(self, n: int, span: slice) -> None:
+        """Count `n` tokens that were appended to some rows."""
+        room = 0 if self._check_tails[span].any() else int(self._row_room()[span].min())
+        if n > room or self._absent is not None:
+            raise PageError(f"{n} tokens appended to some layers, {room} reserved")
+        self.lengths[span] += n
+        self._settle()
+
+    def _compact(self, rows: slice, plan: Compaction) -> IntArray:
+        """Carry out the moves planned for some rows, and free the pages that they leave."""
+        first_row = np.int32(rows.start)
         page_size = self.layout.page_size
-        wanted = -(-(self.lengths + n) // page_size)
-        extra = np.maximum(wanted - self.page_counts, 0)
-        rows = np.zeros(0, dtype=np.int32)
-        if self._check_tails and n > 0:
-            rows = np.flatnonzero(self.lengths % page_size).astype(np.int32)
-            tails = self.tables[rows, self.lengths[rows] // page_size]
-            rows = rows[self.cache.shared(tails, self.layout.row_formats[rows])]
-        return extra, rows
+        pages_kept = -(-plan.lengths // page_size)
+        index = np.arange(rows.start, rows.stop, dtype=np.int32)
+        written = pages_kept - plan.first_page
+        self._own(
+            np.repeat(index, written),
+            np.repeat(plan.first_page, written) + ragged_arange(written),
+        )
+        row = plan.head + first_row
+        self.tier.move_tokens(
+            (self.tables[row, plan.source // page_size], plan.source % page_size),
+            (self.tables[row, plan.target // page_size], plan.target % page_size),
+            self.row_pools[row],
+        )
+        surplus = self.page_counts[rows] - pages_kept
+        surplus_row = np.repeat(index, surplus)
+        surplus_page = np.repeat(pages_kept, surplus) + ragged_arange(surplus)
+        self.tier.release(self.tables[surplus_row, surplus_page], self.row_pools[surplus_row])
+        self.page_counts[rows] = pages_kept
+        self.lengths[rows] = plan.lengths
+        self._check_tails[rows] = True
+        self._settle()
+        return plan.first_changed
 
     def _settle(self) -> None:
         """Work out the numbers that spare most steps a look at the tables."""
-        page_size = self.layout.page_size
         self.width = int(self.page_counts.max())
-        self._held_bytes = self._bytes(self.page_counts)
-        room = int((self.page_counts * page_size - self.lengths).min())
-        self._room = 0 if self._check_tails else room
+        self._live_bytes = self._bytes(self.page_counts)
+        self._room = 0 if self._check_tails.any() else int(self._row_room().min())
         rows = self.layout.window_rows
         if rows.size:
+            page_size = self.layout.page_size
             shortest = (self.layout.windows - 1 + page_size - self.lengths[rows]).min()
             self._until_trim = int(shortest)
         else:
             self._until_trim = _NEVER
 
-    def _widen(self, n_pages: int) -> None:
-        """Give the tables columns for at least `n_pages` pages per row."""
-        n_rows, capacity = self.tables.shape
-        if n_pages > capacity:
-            tables = np.zeros((n_rows, max(n_pages, 2 * capacity)), dtype=np.int32)
-            tables[:, :capacity] = self.tables
-            self.tables = tables
+    def _row_room(self) -> IntArray:
+        """Slots of the pages held that hold no token, int32 [rows]."""
+        room: IntArray = self.page_counts * self.layout.page_size - self.lengths
+        return room
 
-    def _rows(self, counts: IntArray) -> IntArray:
-        """Each row's number, once per page of it: int32 [sum of counts]."""
-        return np.repeat(np.arange(counts.size, dtype=np.int32), counts)
-
-    def _pages(self, counts: IntArray) -> tuple[IntArray, IntArray]:
-        """The ids and formats of each row's first `counts` pages, int32 [sum of counts] each."""
-        rows = self._rows(counts)
-        return self.tables[rows, ragged_arange(counts)], self.layout.row_formats[rows]
+    def _used(self) -> IntArray:
+        """Pages of each row that hold tokens, int32 [rows]."""
+        used: IntArray = -(-self.lengths // self.layout.page_size)
+        return used
 
     def _bytes(self, counts: IntArray) -> int:
         return self.layout.bytes_of(self.layout.count(counts))
-
-    def _require_resident(self) -> None:
-        if self._freed or self.swapped:
-            state = "freed" if self._freed else "swapped out"
-            raise PageError(f"the sequence is {state}")
