@@ -1,4 +1,4 @@
-"""A layer's view from explicit tensors, by the definitions of `LayerView`: full softmax, no pages."""
+"""A view of explicit tensors, by the definitions of `LayerView`: full softmax, no pages."""
 
 from __future__ import annotations
 
