@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tamis.errors import PlanError
-from tamis.methods.evict.streaming_llm import StreamingLLM
+from tamis.methods.evict.streamingllm import StreamingLLM
 from tests.methods.evict.random_layer import decide, kept_positions, random_layer
 
 
