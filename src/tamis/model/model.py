@@ -17,7 +17,7 @@ from tamis.model.interface import Attend, NotHandedDownError, PassThroughCache, 
 from tamis.model.layers import decoder_layers, tensors_checked
 from tamis.model.probe import PROBE_TOKENS, LayerSpec, Probe, check_layers
 from tamis.model.rope import dynamic_modules, lengths_honoured, rotary_modules, switch_length
-from tamis.model.rows import AllRowsLeftError, RowRanges, passing
+from tamis.model.rows import RowRanges, passing
 from tamis.model.shift import REACH, Rotation, find_rotations, rotary_calls
 
 UNLIMITED = 2**31 - 1

@@ -67,10 +67,6 @@ class RowRanges:
             )
 
 
-class AllRowsLeftError(Exception):
-    """No row runs through the layers that follow, so the forward ends here."""
-
-
 class Passage:
     """The rows of one forward on their way through the decoder layers."""
 
@@ -103,18 +99,12 @@ class Passage:
         return (self._first <= layer) & (self._last >= layer)
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
-        """A layer's input [1, rows of the layer, hidden_size], from the output of the one before.
-
-        Raises:
-            AllRowsLeftError: neither this layer nor a later one has any row.
-        """
+        """A layer's input [1, rows of the layer, hidden_size], from the output of the one before."""
         if self._left is None:
             n_leaving = int((self._last < self._n_layers - 1).sum())
             self._left = hidden.new_empty(n_leaving, hidden.shape[-1])
         leaving = self._last[self._here] == layer - 1
         self._left[self._leaves_at[self._here[leaving]]] = hidden[0, leaving]
-        if layer > int(self._last.max()):
-            raise AllRowsLeftError
         here = self._in(layer).nonzero()[:, 0]
         if torch.equal(here, self._here):
             return hidden
@@ -166,8 +156,7 @@ def passing(layers: Sequence[nn.Module], rows: RowRanges) -> Iterator[Passage]:
         layers: the model's decoder layers, in order.
         rows: as `RowRanges.check` has found it right.
 
-    The forward raises AllRowsLeftError where no row goes on. The hooks are registered for the
-    context only.
+    The hooks are registered for the context only.
     """
     passage = Passage(rows, len(layers))
 
