@@ -6,6 +6,7 @@
 
 #include "decode.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -29,6 +30,7 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 // The visible tokens of one KV head of one row.
 struct Span {
   Pages pages;
+  const int32_t* tokens;  // as in Range
   int64_t begin, end;
   int64_t first_chunk;
 
@@ -72,11 +74,17 @@ std::vector<Span> visible_spans(const DecodeArgs& a) {
   for (int64_t row = 0; row < a.n; ++row) {
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       const int32_t* table = a.tables + row * a.tables_row_stride + head * a.tables_head_stride;
-      Span span{{a.data, table, a.page_size}, 0, 0, chunks};
+      Span span{{a.data, table, a.page_size}, nullptr, 0, 0, chunks};
       span.end = a.lengths[row * a.lengths_row_stride + head * a.lengths_head_stride];
       if (a.window > 0) {
         span.begin = first_visible(span.pages, a.position_offset, span.end,
                                    a.positions[row] - a.window + 1, a.window);
+      }
+      if (a.tokens != nullptr) {
+        span.tokens = a.tokens + row * a.tokens_row_stride + head * a.tokens_head_stride;
+        span.end = a.counts[row * a.kv_heads + head];
+        const int32_t* const end = span.tokens + span.end;
+        span.begin = std::lower_bound(span.tokens, end, span.begin) - span.tokens;
       }
       chunks += span.chunks();
       spans.push_back(span);
@@ -183,8 +191,9 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
     const int64_t begin = span.begin + (c - span.first_chunk) * kChunk;
     const int64_t end = begin + kChunk < span.end ? begin + kChunk : span.end;
     const int64_t first_q = row * a.q_row_stride + head * group * a.q_head_stride;
-    attend({span.pages, begin, end, a.k_offset, a.v_offset, a.q + first_q * size_of(a.dtype),
-            a.q_head_stride, group, a.k_dim, a.v_dim, a.scale, a.softcap},
+    attend({span.pages, span.tokens, begin, end, a.k_offset, a.v_offset,
+            a.q + first_q * size_of(a.dtype), a.q_head_stride, group, a.k_dim, a.v_dim, a.scale,
+            a.softcap},
            mine, partials.of(c));
     if (pending[s].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       merge_group(a, span, partials, s, mine + scratch_floats(group, a.k_dim));

@@ -12,7 +12,8 @@ namespace tamis {
 // A range of the tokens of one KV head, and the query heads that share it.
 struct Range {
   Pages pages;
-  int64_t begin, end;          // tokens
+  const int32_t* tokens;       // those to read, ascending; null for all
+  int64_t begin, end;          // tokens, or indices of `tokens`
   int64_t k_offset, v_offset;  // of the fields in a page
   const void* q;               // [group, k_dim]
   int64_t q_stride;            // elements between query heads
@@ -53,6 +54,9 @@ struct DecodeArgs {
   int64_t tables_row_stride, tables_head_stride;
   const int32_t* lengths;  // [n, kv_heads]
   int64_t lengths_row_stride, lengths_head_stride;
+  const int32_t* tokens;  // [n, kv_heads, most]: cached tokens to read, ascending; null for all
+  int64_t tokens_row_stride, tokens_head_stride;
+  const int32_t* counts;     // [n, kv_heads], contiguous, of `tokens`
   const int64_t* positions;  // [n], or null when there is no window
   int64_t window;            // 0 for none
   float scale, softcap;      // softcap 0 for none

@@ -74,20 +74,32 @@ class DecodeKernel {
   void find_rows(int64_t begin, Rows* rows) {
     const int64_t left = range_.end - begin, size = range_.pages.page_size;
     const int64_t count = left < 0 ? 0 : left < kBlock ? left : kBlock;
-    int64_t entry = begin / size, slot = begin % size;
-    for (int64_t i = 0; i < count; ++entry, slot = 0) {
-      const uint8_t* page = range_.pages.data + range_.pages.table[entry] * kUnit;
-      const T* k = reinterpret_cast<const T*>(page + range_.k_offset) + slot * range_.k_dim;
-      const T* v = reinterpret_cast<const T*>(page + range_.v_offset) + slot * range_.v_dim;
-      for (; i < count && slot < size; ++i, ++slot) {
-        rows->k[i] = k;
-        rows->v[i] = v;
-        k += range_.k_dim;
-        v += range_.v_dim;
+    rows->count = count;
+    if (range_.tokens != nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t token = range_.tokens[begin + i];
+        find_run(token / size, token % size, 1, rows->k + i, rows->v + i);
+      }
+    } else {
+      int64_t entry = begin / size, slot = begin % size;
+      for (int64_t i = 0; i < count; ++entry, slot = 0) {
+        const int64_t run = size - slot < count - i ? size - slot : count - i;
+        find_run(entry, slot, run, rows->k + i, rows->v + i);
+        i += run;
       }
     }
     for (int64_t i = count; i % kWidth; ++i) rows->k[i] = rows->k[count - 1];
-    rows->count = count;
+  }
+
+  // The rows of `run` tokens of one page, the head's page `entry`, from `slot`.
+  void find_run(int64_t entry, int64_t slot, int64_t run, const T** k_rows, const T** v_rows) {
+    const uint8_t* page = range_.pages.data + range_.pages.table[entry] * kUnit;
+    const T* k = reinterpret_cast<const T*>(page + range_.k_offset) + slot * range_.k_dim;
+    const T* v = reinterpret_cast<const T*>(page + range_.v_offset) + slot * range_.v_dim;
+    for (int64_t i = 0; i < run; ++i) {
+      k_rows[i] = k + i * range_.k_dim;
+      v_rows[i] = v + i * range_.v_dim;
+    }
   }
 
   static void prefetch(const T* row, int64_t dim) {

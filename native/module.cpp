@@ -39,9 +39,10 @@ void decode_call(const std::string& isa, int threads, int dtype, int64_t n, int6
                  int64_t q_head_stride, uintptr_t data, int64_t page_size, int64_t k_offset,
                  int64_t v_offset, int64_t position_offset, uintptr_t tables,
                  int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
-                 int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t positions,
-                 int64_t window, float scale, float softcap, uintptr_t sinks, uintptr_t out,
-                 uintptr_t lse) {
+                 int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t tokens,
+                 int64_t tokens_row_stride, int64_t tokens_head_stride, uintptr_t counts,
+                 uintptr_t positions, int64_t window, float scale, float softcap, uintptr_t sinks,
+                 uintptr_t out, uintptr_t lse) {
   const DecodeArgs args{static_cast<DType>(dtype),
                         n,
                         q_heads,
@@ -62,6 +63,10 @@ void decode_call(const std::string& isa, int threads, int dtype, int64_t n, int6
                         at<const int32_t>(lengths),
                         lengths_row_stride,
                         lengths_head_stride,
+                        at<const int32_t>(tokens),
+                        tokens_row_stride,
+                        tokens_head_stride,
+                        at<const int32_t>(counts),
                         at<const int64_t>(positions),
                         window,
                         scale,
@@ -82,6 +87,9 @@ void prefill_call(const std::string& isa, int threads, int dtype, int64_t tokens
                   int64_t k_offset, int64_t v_offset, int64_t position_offset, uintptr_t tables,
                   int64_t tables_head_stride, uintptr_t lengths, int64_t lengths_head_stride,
                   uintptr_t positions, int64_t window, float scale, float softcap, uintptr_t sinks,
+                  int64_t pattern_block, int64_t pattern_q_blocks, uintptr_t pattern_block_starts,
+                  uintptr_t pattern_blocks, uintptr_t pattern_column_starts,
+                  uintptr_t pattern_columns, uintptr_t pattern_window, uintptr_t pattern_full,
                   uintptr_t out, uintptr_t lse) {
   const PrefillArgs args{static_cast<DType>(dtype),
                          tokens,
@@ -106,6 +114,11 @@ void prefill_call(const std::string& isa, int threads, int dtype, int64_t tokens
                          scale,
                          softcap,
                          at<const float>(sinks),
+                         {pattern_block, pattern_q_blocks, at<const int32_t>(pattern_block_starts),
+                          at<const int32_t>(pattern_blocks),
+                          at<const int32_t>(pattern_column_starts),
+                          at<const int32_t>(pattern_columns), at<const int32_t>(pattern_window),
+                          at<const uint8_t>(pattern_full)},
                          at<void>(out),
                          at<float>(lse)};
   const Isa chosen = isa_named(isa);
@@ -167,14 +180,17 @@ NB_MODULE(_native, m) {
         "kv_heads"_a, "k_dim"_a, "v_dim"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "data"_a,
         "page_size"_a, "k_offset"_a, "v_offset"_a, "position_offset"_a, "tables"_a,
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
-        "lengths_head_stride"_a, "positions"_a, "window"_a, "scale"_a, "softcap"_a, "sinks"_a,
-        "out"_a, "lse"_a, "Paged decode attention; see decode.h.");
+        "lengths_head_stride"_a, "tokens"_a, "tokens_row_stride"_a, "tokens_head_stride"_a,
+        "counts"_a, "positions"_a, "window"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a, "lse"_a,
+        "Paged decode attention; see decode.h.");
   m.def("prefill", tamis::prefill_call, "isa"_a, "threads"_a, "dtype"_a, "tokens"_a, "q_heads"_a,
         "kv_heads"_a, "k_dim"_a, "v_dim"_a, "q"_a, "q_token_stride"_a, "q_head_stride"_a, "k"_a,
         "k_token_stride"_a, "k_head_stride"_a, "v"_a, "v_token_stride"_a, "v_head_stride"_a,
         "data"_a, "page_size"_a, "k_offset"_a, "v_offset"_a, "position_offset"_a, "tables"_a,
         "tables_head_stride"_a, "lengths"_a, "lengths_head_stride"_a, "positions"_a, "window"_a,
-        "scale"_a, "softcap"_a, "sinks"_a, "out"_a, "lse"_a,
+        "scale"_a, "softcap"_a, "sinks"_a, "pattern_block"_a, "pattern_q_blocks"_a,
+        "pattern_block_starts"_a, "pattern_blocks"_a, "pattern_column_starts"_a,
+        "pattern_columns"_a, "pattern_window"_a, "pattern_full"_a, "out"_a, "lse"_a,
         "Causal attention of a chunk; see prefill.h.");
   m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,

@@ -37,6 +37,22 @@ struct Packed {
     }
   }
 
+  // `count` rows of `dim` elements as the rows of a right matrix: zeros from `dim` to `stride`. To
+  // a whole unit the last row is repeated, so the left matrix must be zero there.
+  static void pack_rows(const T* const* rows, int64_t count, int64_t dim, Unit* to,
+                        int64_t stride) {
+    for (int64_t j = 0; j < count; j += kPack, to += stride) {
+      const T* unit_rows[kPack];
+      for (int64_t n = 0; n < kPack; ++n) unit_rows[n] = rows[j + n < count ? j + n : count - 1];
+      for (int64_t d = 0; d < dim; ++d) {
+        T elements[kPack];
+        for (int64_t n = 0; n < kPack; ++n) elements[n] = unit_rows[n][d];
+        to[d] = Outer::pack(elements);
+      }
+      for (int64_t d = dim; d < stride; ++d) to[d] = Unit{};
+    }
+  }
+
   // c = left right, or c += left right: left [rows, depth], right [depth, columns]; `rows` is a
   // multiple of kRows, `columns` of kWidth, `depth` and strides of left and right are in units.
   static void multiply(int64_t rows, const Unit* left, int64_t left_stride, const Unit* right,

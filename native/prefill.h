@@ -7,6 +7,7 @@
 #include "decode.h"
 #include "element.h"
 #include "pages.h"
+#include "pattern.h"
 
 namespace tamis {
 
@@ -30,6 +31,7 @@ struct PrefillArgs {
   int64_t window;            // 0 for none
   float scale, softcap;      // softcap 0 for none
   const float* sinks;        // [q_heads], or null
+  Pattern pattern;
   void* out;                 // [tokens, q_heads, v_dim], contiguous
   float* lse;                // [tokens, q_heads]
 };
@@ -45,9 +47,15 @@ static constexpr int64_t prefill_scratch_floats(int64_t rows, int64_t k_dim, int
          kKeys * (padded(k_dim) + padded(v_dim));
 }
 
-// The kernel: out and lse of the chunk's tokens first..last, for the query heads of one KV head.
-using PrefillTile = void(const PrefillArgs& args, int64_t head, int64_t first, int64_t last,
-                         float* scratch);
+// Tokens first..last of the chunk for `heads` query heads from `q_head` on, which share a KV head
+// and see the same keys: the same lists of the pattern, if there is one.
+struct QueryTile {
+  int64_t q_head, heads;
+  int64_t first, last;
+};
+
+// The kernel: out and lse of a tile's (token, query head) pairs.
+using PrefillTile = void(const PrefillArgs& args, const QueryTile& tile, float* scratch);
 
 // The result depends on neither `threads` nor how tokens are grouped into tiles.
 void prefill(const PrefillArgs& args, Isa isa, int threads);

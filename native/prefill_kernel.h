@@ -1,8 +1,12 @@
 // The prefill kernel, written once over an instruction set `Isa` (isa_*.h).
 //
-// A tile of queries (the rows: tokens times the query heads that share a KV head) meets the keys
-// tile by tile, with online softmax: scores = Q K^T, weights = exp(scores - top), sums += weights V.
-// Keys and values are packed for the matrix products once per tile, straight from the pages.
+// A tile of queries (the rows: tokens times query heads that share a KV head) meets the keys tile
+// by tile, with online softmax: scores = Q K^T, weights = exp(scores - top), sums += weights V. A
+// tile of keys holds whatever keys are to be computed, in ascending order, so that each row sees a
+// range of it; keys and values are packed for the matrix products straight from the pages.
+//
+// Which keys share a tile follows from the pattern alone, so the bits of a row do not depend on the
+// rows beside it.
 #pragma once
 
 #include "packed.h"
@@ -25,13 +29,16 @@ class PrefillKernel {
   // The keys and values at work.
   struct Tile {
     int64_t count;
+    int64_t key[kKeys];  // indices: cached tokens first, then the chunk's own
     const T* k[kKeys];
     const T* v[kKeys];
     int64_t position[kKeys];  // only with a window
   };
 
   const PrefillArgs& a_;
-  const int64_t head_, first_, last_, group_, rows_, whole_rows_;
+  const QueryTile& work_;
+  const int64_t head_, length_;  // the KV head, and its cached tokens
+  const int64_t rows_, whole_rows_;
   const int64_t k_units_, v_pad_;  // depth of Q K^T in units; columns of the sums
   float* const sums_;              // [whole_rows_, v_pad_]
   float* const scores_;            // [whole_rows_, kKeys]
@@ -41,16 +48,16 @@ class PrefillKernel {
   Unit* const weights_;            // [whole_rows_, kKeys / kPack]
   Unit* const keys_;               // [k_units_, kKeys]
   Unit* const values_;             // [kKeys / kPack, v_pad_]
+  int64_t band_ = 0;  // last keys that a row sees of the tiles at work; 0 for all
   Tile tile_;
 
  public:
-  PrefillKernel(const PrefillArgs& args, int64_t head, int64_t first, int64_t last, float* scratch)
+  PrefillKernel(const PrefillArgs& args, const QueryTile& work, float* scratch)
       : a_(args),
-        head_(head),
-        first_(first),
-        last_(last),
-        group_(args.q_heads / args.kv_heads),
-        rows_((last - first) * group_),
+        work_(work),
+        head_(work.q_head / (args.q_heads / args.kv_heads)),
+        length_(args.lengths != nullptr ? args.lengths[head_ * args.lengths_head_stride] : 0),
+        rows_((work.last - work.first) * work.heads),
         whole_rows_((rows_ + kRows - 1) / kRows * kRows),
         k_units_((args.k_dim + kPack - 1) / kPack),
         v_pad_(padded(args.v_dim)),
@@ -61,7 +68,9 @@ class PrefillKernel {
         queries_(reinterpret_cast<Unit*>(denominator_ + whole_rows_)),
         weights_(queries_ + whole_rows_ * k_units_),
         keys_(weights_ + whole_rows_ * (kKeys / kPack)),
-        values_(keys_ + k_units_ * kKeys) {}
+        values_(keys_ + k_units_ * kKeys) {
+    tile_.count = 0;
+  }
 
   void run() {
     pack_queries();
@@ -70,84 +79,141 @@ class PrefillKernel {
       denominator_[r] = 0.0f;
     }
     for (int64_t i = 0; i < whole_rows_ * v_pad_; ++i) sums_[i] = 0.0f;
-    if (a_.lengths != nullptr) {
-      const int64_t length = a_.lengths[head_ * a_.lengths_head_stride];
-      for (int64_t begin = 0; begin < length; begin += kKeys) {
-        const int64_t end = begin + kKeys < length ? begin + kKeys : length;
-        if (is_visible(cached_position(end - 1))) attend_cached(begin, end);
-      }
+    if (is_full(a_.pattern, work_.q_head)) {
+      add(0, length_ + work_.last);
+    } else {
+      for_each_run([this](int64_t begin, int64_t end) { add(begin, end); });
+      attend();
+      band_ = window_of(a_.pattern, work_.q_head);
+      if (band_ > 0) add_band();
     }
-    for (int64_t begin = 0; begin < last_; begin += kKeys) {
-      const int64_t end = begin + kKeys < last_ ? begin + kKeys : last_;
-      if (is_visible(a_.positions[end - 1])) attend_own(begin, end);
-    }
+    attend();
     for (int64_t r = 0; r < rows_; ++r) finish(r);
   }
 
  private:
-  int64_t token_of(int64_t row) const { return first_ + row / group_; }
-  int64_t query_head_of(int64_t row) const { return head_ * group_ + row % group_; }
+  int64_t token_of(int64_t row) const { return work_.first + row / work_.heads; }
+  int64_t query_head_of(int64_t row) const { return work_.q_head + row % work_.heads; }
 
-  // Whether any query of this tile may see keys up to `position`, the last of theirs.
+  // Visit, in ascending order, the disjoint runs of keys begin..end that the pattern lists for all
+  // rows: blocks, and columns outside of them.
+  template <class Visit>
+  void for_each_run(Visit visit) const {
+    const int64_t size = a_.pattern.block, stop = length_ + work_.last;
+    const IndexList blocks = blocks_of(a_.pattern, work_.q_head, work_.first / size);
+    const IndexList columns = columns_of(a_.pattern, work_.q_head);
+    const int32_t* column = columns.begin;
+    for (const int32_t* block = blocks.begin; block < blocks.end && *block * size < stop; ++block) {
+      const int64_t begin = *block * size, end = begin + size < stop ? begin + size : stop;
+      for (; column < columns.end && *column < begin; ++column) visit(*column, *column + 1);
+      while (column < columns.end && *column < end) ++column;
+      visit(begin, end);
+    }
+    for (; column < columns.end && *column < stop; ++column) visit(*column, *column + 1);
+  }
+
+  // Attend to the last `band_` keys of each row but for those that the pattern lists.
+  void add_band() {
+    const int64_t oldest = length_ + work_.first - band_ + 1;
+    int64_t at = oldest > 0 ? oldest / kKeys * kKeys : 0;
+    const auto add_gap = [this, &at](int64_t begin, int64_t end) {
+      while (at < begin) {
+        // Tiles end at multiples of kKeys, wherever the rows begin.
+        if (tile_.count > 0 && tile_.key[0] / kKeys != at / kKeys) attend();
+        const int64_t border = at / kKeys * kKeys + kKeys;
+        const int64_t next = border < begin ? border : begin;
+        add(at, next);
+        at = next;
+      }
+      if (at < end) at = end;
+    };
+    for_each_run(add_gap);
+    add_gap(length_ + work_.last, 0);
+  }
+
+  // Put the keys begin..end into the tile; attend to it whenever it is full.
+  void add(int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t space = kKeys - tile_.count;
+      const int64_t next = begin + space < end ? begin + space : end;
+      // A tile that is not seen need not be looked up.
+      if (next - begin < kKeys || is_visible(position_of(next - 1))) {
+        add_cached(begin, next < length_ ? next : length_);
+        add_own(begin > length_ ? begin - length_ : 0, next - length_);
+        if (tile_.count == kKeys) attend();
+      }
+      begin = next;
+    }
+  }
+
+  // Whether any row may see keys up to `position`, the last of theirs.
   bool is_visible(int64_t position) const {
-    return a_.window == 0 || position > a_.positions[first_] - a_.window;
+    return a_.window == 0 || position > a_.positions[work_.first] - a_.window;
   }
 
-  const uint8_t* cached_row(int64_t token, int64_t offset, int64_t row_bytes) const {
-    const int32_t* table = a_.tables + head_ * a_.tables_head_stride;
-    return a_.data + table[token / a_.page_size] * kUnit + offset +
-           token % a_.page_size * row_bytes;
-  }
-
-  int64_t cached_position(int64_t token) const {
+  int64_t position_of(int64_t key) const {
+    if (key >= length_) return a_.positions[key - length_];
     int32_t position;
-    __builtin_memcpy(&position, cached_row(token, a_.position_offset, sizeof position),
-                     sizeof position);
+    __builtin_memcpy(&position, page_of(key) + a_.position_offset + key % a_.page_size * 4, 4);
     return position;
   }
 
-  void attend_cached(int64_t begin, int64_t end) {
-    tile_.count = end - begin;
-    for (int64_t j = 0; j < tile_.count; ++j) {
-      const auto row = [&](int64_t offset, int64_t dim) {
-        return reinterpret_cast<const T*>(cached_row(begin + j, offset, dim * int64_t{sizeof(T)}));
-      };
-      tile_.k[j] = row(a_.k_offset, a_.k_dim);
-      tile_.v[j] = row(a_.v_offset, a_.v_dim);
-      if (a_.window > 0) tile_.position[j] = cached_position(begin + j);
-    }
-    attend([this](int64_t) { return tile_.count; });
+  const uint8_t* page_of(int64_t key) const {
+    return a_.data + a_.tables[head_ * a_.tables_head_stride + key / a_.page_size] * kUnit;
   }
 
-  void attend_own(int64_t begin, int64_t end) {
-    tile_.count = end - begin;
-    for (int64_t j = 0; j < tile_.count; ++j) {
-      const auto row = [&](const Heads& from) {
-        return reinterpret_cast<const T*>(from.data) + (begin + j) * from.token_stride +
-               head_ * from.head_stride;
-      };
-      tile_.k[j] = row(a_.k);
-      tile_.v[j] = row(a_.v);
-      tile_.position[j] = a_.positions[begin + j];
+  void add_cached(int64_t begin, int64_t end) {
+    while (begin < end) {
+      const uint8_t* page = page_of(begin);
+      int64_t slot = begin % a_.page_size;
+      const T* k = reinterpret_cast<const T*>(page + a_.k_offset) + slot * a_.k_dim;
+      const T* v = reinterpret_cast<const T*>(page + a_.v_offset) + slot * a_.v_dim;
+      for (; begin < end && slot < a_.page_size; ++begin, ++slot) {
+        add_key(begin, k, v);
+        k += a_.k_dim;
+        v += a_.v_dim;
+      }
     }
-    attend([this, begin](int64_t r) {
-      const int64_t causal = token_of(r) + 1 - begin;
-      return causal < 0 ? 0 : causal < tile_.count ? causal : tile_.count;
-    });
   }
 
-  // One tile of keys; row `r` sees at most the first `limit(r)` of them.
-  template <class Limit>
-  void attend(Limit limit) {
+  // Tokens begin..end of the chunk.
+  void add_own(int64_t begin, int64_t end) {
+    const T* const k = reinterpret_cast<const T*>(a_.k.data) + head_ * a_.k.head_stride;
+    const T* const v = reinterpret_cast<const T*>(a_.v.data) + head_ * a_.v.head_stride;
+    for (; begin < end; ++begin) {
+      add_key(length_ + begin, k + begin * a_.k.token_stride, v + begin * a_.v.token_stride);
+    }
+  }
+
+  void add_key(int64_t key, const T* k, const T* v) {
+    tile_.key[tile_.count] = key;
+    tile_.k[tile_.count] = k;
+    tile_.v[tile_.count] = v;
+    if (a_.window > 0) tile_.position[tile_.count] = position_of(key);
+    ++tile_.count;
+  }
+
+  // Let the rows meet the tile of keys, and empty it.
+  void attend() {
+    const int64_t count = tile_.count;
+    if (count > 0 && (a_.window == 0 || is_visible(tile_.position[count - 1]))) multiply();
+    tile_.count = 0;
+  }
+
+  void multiply() {
     Matrix::pack_columns(tile_.k, tile_.count, a_.k_dim, keys_, kKeys);
-    pack_values();
+    Matrix::pack_rows(tile_.v, tile_.count, a_.v_dim, values_, v_pad_);
     Matrix::multiply(whole_rows_, queries_, k_units_, keys_, kKeys, k_units_,
                      Matrix::round_up(tile_.count, kWidth), false, scores_, kKeys);
+    int64_t begin = 0, end = 0;  // what a row sees: both ascend with its token
     for (int64_t r = 0; r < rows_; ++r) {
-      int64_t begin = 0;
-      const int64_t end = limit(r);
+      const int64_t token = token_of(r), last = length_ + token;
+      while (end < tile_.count && tile_.key[end] <= last) ++end;
+      if (band_ > 0) {
+        while (begin < end && tile_.key[begin] <= last - band_) ++begin;
+      }
       if (a_.window > 0) {
-        const int64_t before = a_.positions[token_of(r)] - a_.window;
+        const int64_t before = a_.positions[token] - a_.window;
         while (begin < end && tile_.position[begin] <= before) ++begin;
       }
       soften(r, begin, end);
@@ -228,28 +294,11 @@ class PrefillKernel {
     for (int64_t i = rows_ * k_units_; i < whole_rows_ * k_units_; ++i) queries_[i] = Unit{};
     for (int64_t i = 0; i < whole_rows_ * (kKeys / kPack); ++i) weights_[i] = Unit{};
   }
-
-  void pack_values() {
-    for (int64_t j = 0; j < tile_.count; j += kPack) {
-      Unit* const units = values_ + j / kPack * v_pad_;
-      const T* rows[kPack];
-      for (int64_t n = 0; n < kPack; ++n) rows[n] = j + n < tile_.count ? tile_.v[j + n] : nullptr;
-      for (int64_t d = 0; d < a_.v_dim; ++d) {
-        T elements[kPack] = {};
-        for (int64_t n = 0; n < kPack; ++n) {
-          if (rows[n] != nullptr) elements[n] = rows[n][d];
-        }
-        units[d] = Outer::pack(elements);
-      }
-      for (int64_t d = a_.v_dim; d < v_pad_; ++d) units[d] = Unit{};
-    }
-  }
 };
 
 template <class Isa, class T>
-void prefill_tile(const PrefillArgs& args, int64_t head, int64_t first, int64_t last,
-                  float* scratch) {
-  PrefillKernel<Isa, T>(args, head, first, last, scratch).run();
+void prefill_tile(const PrefillArgs& args, const QueryTile& tile, float* scratch) {
+  PrefillKernel<Isa, T>(args, tile, scratch).run();
 }
 
 }  // namespace tamis

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from tamis.attention import native, reference
+from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache.format import PagedKV, PageFormat
 from tamis.platform import native_module
 
@@ -95,3 +96,90 @@ def cached(
                     view[pages[token // page_size], token % page_size] = tokens[row][head][token]
     kv = PagedKV(data, format, tables, torch.tensor(lengths, dtype=torch.int32))
     return Cached(kv, k, v, positions)
+
+
+def prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: Cached | None,
+    *,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    pattern: SparsePattern | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefill by its definition, query by query: fp64 out [tokens, q_heads, v_dim] and lse."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=torch.float64)
+    lse = torch.zeros(q.shape[:2], dtype=torch.float64)
+    for head in range(q.shape[1]):
+        keys, values, at = k[:, head // group], v[:, head // group], positions
+        if past is not None:
+            before = (x[0][head // group] for x in (past.k, past.v, past.positions))
+            keys, values, at = (
+                torch.cat(pair) for pair in zip(before, (keys, values, at), strict=True)
+            )
+        older = len(at) - len(q)
+        for i in range(len(q)):
+            seen = torch.arange(len(at)) <= older + i
+            if window is not None:
+                seen &= at > positions[i] - window
+            if pattern is not None:
+                seen &= pattern_row(pattern, head, i, older, len(at))
+            sink = sinks[head].item() if sinks is not None else None
+            out[i, head], lse[i, head] = attend(
+                q[i, head], keys[seen], values[seen], scale=scale, softcap=softcap, sink=sink
+            )
+    return out, lse
+
+
+def pattern_row(
+    pattern: SparsePattern, head: int, query: int, length: int, keys: int
+) -> torch.Tensor:
+    """Which keys a query sees by its pattern's definition, but for causality: bool [keys]."""
+    if pattern.full is not None and pattern.full[head]:
+        return torch.ones(keys, dtype=torch.bool)
+    first, last = pattern.block_starts[head, query // pattern.block :][:2].tolist()
+    named = set()
+    for block in pattern.blocks[first:last].tolist():
+        named.update(range(block * pattern.block, (block + 1) * pattern.block))
+    first, last = pattern.column_starts[head : head + 2].tolist()
+    named.update(pattern.columns[first:last].tolist())
+    if pattern.window is not None:
+        at = length + query
+        named.update(range(at - int(pattern.window[head]) + 1, at + 1))
+    return torch.tensor([key in named for key in range(keys)])
+
+
+def decode(
+    q: torch.Tensor,
+    cached: Cached,
+    *,
+    scale: float,
+    positions: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    tokens: TokenList | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode by its definition: fp64 out [n, q_heads, v_dim] and lse [n, q_heads]."""
+    group = q.shape[1] // len(cached.k[0])
+    outs, lses = [], []
+    for row in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            source = row, head // group
+            k, v, at = (x[source[0]][source[1]] for x in (cached.k, cached.v, cached.positions))
+            if tokens is not None:
+                listed = tokens.indices[source][: tokens.counts[source]].long()
+                k, v, at = k[listed], v[listed], at[listed]
+            if window is not None:
+                seen = at > positions[row] - window
+                k, v = k[seen], v[seen]
+            sink = sinks[head].item() if sinks is not None else None
+            out, lse = attend(q[row, head], k, v, scale=scale, softcap=softcap, sink=sink)
+            outs.append(out)
+            lses.append(lse)
+    return torch.stack(outs).view(*q.shape[:2], -1), torch.tensor(lses).double().view(q.shape[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache.format import PagedKV
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,3 +59,38 @@ def check_options(
         raise ValueError(f"softcap must be positive, got {softcap}; use None for no bound")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [{q.shape[1]}], got {list(sinks.shape)}")
+
+
+def check_pattern(q: torch.Tensor, pattern: SparsePattern | None) -> None:
+    """Raise ValueError unless the pattern fits the queries `q` [tokens, q_heads, k_dim]."""
+    if pattern is None:
+        return
+    tokens, q_heads = q.shape[:2]
+    want = q_heads, -(-tokens // pattern.block)
+    if (pattern.q_heads, pattern.q_blocks) != want:
+        raise ValueError(
+            f"a pattern for {tokens} tokens of {q_heads} heads in blocks of {pattern.block} must "
+            f"have {want[0]} heads and {want[1]} query blocks, "
+            f"got {pattern.q_heads} and {pattern.q_blocks}"
+        )
+
+
+def check_tokens(kv: PagedKV, tokens: TokenList | None) -> None:
+    """Raise ValueError unless `tokens` names cached tokens of `kv`."""
+    if tokens is None:
+        return
+    if tokens.counts.shape != kv.lengths.shape:
+        raise ValueError(
+            f"a token list for {list(kv.lengths.shape)} rows and heads must have counts of that "
+            f"shape, got {list(tokens.counts.shape)}"
+        )
+    if tokens.indices.shape[2] == 0:
+        return
+    ends = (tokens.counts.long() - 1).clamp_min_(0)[..., None]
+    first, last = tokens.indices[..., 0], tokens.indices.gather(-1, ends)[..., 0]
+    wrong = (tokens.counts > 0) & ((first < 0) | (last >= kv.lengths))
+    if wrong.any():
+        raise ValueError(
+            "a token list must name cached tokens; of a head with "
+            f"{int(kv.lengths[wrong][0])} it names {int(first[wrong][0])} to {int(last[wrong][0])}"
+        )

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from tamis.attention import native, reference
-from tamis.attention.checks import check_options, check_paged
+from tamis.attention.checks import check_options, check_paged, check_tokens
+from tamis.attention.pattern import TokenList
 from tamis.cache.format import PagedKV
 from tamis.platform import native_for
 
@@ -21,6 +22,7 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tokens: TokenList | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query per sequence over that sequence's cached tokens.
@@ -39,6 +41,7 @@ def decode(
             all.
         softcap: bound of the scores; None for no bound.
         sinks: one logit per query head that joins the softmax's denominator only, [q_heads].
+        tokens: the cached tokens that each head reads; None for all.
         backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
 
     Returns:
@@ -67,6 +70,16 @@ def decode(
     if q.shape[0] != kv.lengths.shape[0]:
         raise ValueError(f"{q.shape[0]} queries cannot read {kv.lengths.shape[0]} rows of pages")
     check_options(q, positions, window, softcap, sinks)
+    check_tokens(kv, tokens)
     extension = native_for(backend, q, kv.data)
     run = partial(native.decode, extension) if extension is not None else reference.decode
-    return run(q, kv, scale=scale, positions=positions, window=window, softcap=softcap, sinks=sinks)
+    return run(
+        q,
+        kv,
+        scale=scale,
+        positions=positions,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        tokens=tokens,
+    )

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 
+from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache.format import PagedKV
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -21,6 +22,7 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tokens: TokenList | None = None,
     isa: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.decode`, whose docstring holds, for tensors on the CPU.
@@ -39,6 +41,16 @@ def decode(
     if positions is not None:
         positions = positions.to(torch.int64).contiguous() if window is not None else None
     sinks = sinks.float().contiguous() if sinks is not None else None
+    listed = {"tokens": 0, "tokens_row_stride": 0, "tokens_head_stride": 0, "counts": 0}
+    if tokens is not None:
+        indices = tokens.indices if tokens.indices.stride(2) == 1 else tokens.indices.contiguous()
+        counts = tokens.counts.contiguous()
+        listed = {
+            "tokens": indices.data_ptr(),
+            "tokens_row_stride": indices.stride(0),
+            "tokens_head_stride": indices.stride(1),
+            "counts": counts.data_ptr(),
+        }
     extension.decode(
         isa=isa or "",
         threads=torch.get_num_threads(),
@@ -69,6 +81,7 @@ def decode(
         sinks=sinks.data_ptr() if sinks is not None else 0,
         out=out.data_ptr(),
         lse=lse.data_ptr(),
+        **listed,
     )
     return out, lse
 
@@ -85,6 +98,7 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    pattern: SparsePattern | None = None,
     isa: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.prefill`, whose docstring holds, for tensors on the CPU.
@@ -114,6 +128,7 @@ def prefill(
             "lengths": past.lengths.data_ptr(),
             "lengths_head_stride": past.lengths.stride(1),
         }
+    fields = _pattern_fields(pattern)
     extension.prefill(
         isa=isa or "",
         threads=torch.get_num_threads(),
@@ -139,6 +154,16 @@ def prefill(
         sinks=sinks.data_ptr() if sinks is not None else 0,
         out=out.data_ptr(),
         lse=lse.data_ptr(),
+        pattern_block=pattern.block if pattern is not None else 0,
+        pattern_q_blocks=pattern.q_blocks if pattern is not None else 0,
+        **{f"pattern_{name}": 0 if x is None else x.data_ptr() for name, x in fields.items()},
         **pages,
     )
     return out, lse
+
+
+def _pattern_fields(pattern: SparsePattern | None) -> dict[str, torch.Tensor | None]:
+    """A pattern's tensors by name, contiguous; None for those that it lacks."""
+    names = ("block_starts", "blocks", "column_starts", "columns", "window", "full")
+    tensors = {name: getattr(pattern, name, None) for name in names}
+    return {name: x.contiguous() if x is not None else None for name, x in tensors.items()}

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from tamis.attention import native, reference
-from tamis.attention.checks import DTYPES, check_options, check_paged
+from tamis.attention.checks import DTYPES, check_options, check_paged, check_pattern
+from tamis.attention.pattern import SparsePattern
 from tamis.cache.format import PagedKV
 from tamis.platform import native_for
 
@@ -23,6 +24,7 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    pattern: SparsePattern | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of a chunk of one sequence over what preceded it and over itself.
@@ -43,11 +45,13 @@ def prefill(
         window: a query at position `p` sees positions p - window + 1 and later; None for all.
         softcap: bound of the scores; None for no bound.
         sinks: one logit per query head that joins the softmax's denominator only, [q_heads].
+        pattern: which of the visible (query, key) pairs are computed; None for all.
         backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
 
     Returns:
         `(out, lse)`: out [tokens, q_heads, v_dim] in q's dtype; lse [tokens, q_heads], fp32, the
-        natural logarithm of the softmax's denominator, sinks included.
+        natural logarithm of the softmax's denominator, sinks included. A query that sees nothing
+        has out zero and lse -inf (or its sink).
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -63,6 +67,7 @@ def prefill(
     """
     _check(q, k, v, past)
     check_options(q, positions, window, softcap, sinks)
+    check_pattern(q, pattern)
     operands = (q, k, v) if past is None else (q, k, v, past.data)
     extension = native_for(backend, *operands)
     run = partial(native.prefill, extension) if extension is not None else reference.prefill
@@ -76,6 +81,7 @@ def prefill(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        pattern=pattern,
     )
 
 

@@ -7,11 +7,13 @@ the tile whatever the context length.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
 
 from tamis.attention.merge import merge_sinks, merge_states
+from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache.format import PagedKV
 
 TILE = 4096
@@ -23,8 +25,9 @@ QUERY_TILE = 512
 KEY_TILE = 1024
 """Tokens of a chunk that are attended to at once."""
 
-Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys and values [kv_heads, 1, tokens, dim], and which a query sees, as `attend` takes them."""
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]
+"""Keys and values [kv_heads, 1, tokens, dim], and which a query sees, as `attend` takes them; and
+per KV head the index of the first key, as in `SparsePattern`."""
 
 
 def decode(
@@ -36,6 +39,7 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    tokens: TokenList | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.decode`, whose docstring holds."""
     n, q_heads, k_dim = q.shape
@@ -44,20 +48,35 @@ def decode(
     grouped = q.float().reshape(n, kv_heads, q_heads // kv_heads, k_dim)
     out = grouped.new_zeros(n, kv_heads, q_heads // kv_heads, v_dim)
     lse = grouped.new_full(out.shape[:-1], -torch.inf)
-    for start, stop in tiles(kv):
-        visible = cached(kv, start, stop)
+    read = kv if tokens is None else replace(kv, lengths=tokens.counts)
+    for start, stop in tiles(read):
+        exists = visible = cached(read, start, stop)
         if window is not None and positions is not None:
             oldest = positions - window + 1
-            visible &= gather(kv, "position", start, stop)[..., 0] >= oldest[:, None, None]
+            at = _read(kv, tokens, "position", start, stop)[..., 0]
+            visible = exists & (at >= oldest[:, None, None])
         if not visible.any():
             continue
-        k, v = gather_kv(kv, start, stop)
+        k, v = (
+            _read(kv, tokens, name, start, stop).masked_fill_(~exists[..., None], 0)
+            for name in ("k", "v")
+        )
         part = attend(grouped, k.float(), v.float(), visible[:, :, None], scale, softcap)
         out, lse = merge_states(out, lse, *part)
     out, lse = out.flatten(1, 2), lse.flatten(1, 2)
     if sinks is not None:
         out, lse = merge_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
+
+
+def _read(kv: PagedKV, tokens: TokenList | None, name: str, start: int, stop: int) -> torch.Tensor:
+    """One field of the tokens start..stop, or of the listed ones: like `gather`."""
+    if tokens is None:
+        return gather(kv, name, start, stop)
+    unread = torch.arange(start, stop, device=kv.tables.device) >= tokens.counts[..., None]
+    index = tokens.indices[..., start:stop].long().masked_fill(unread, 0)
+    pages = kv.tables.gather(-1, index // kv.format.page_size).long().masked_fill(unread, 0)
+    return kv.format.view(kv.data, name)[pages, index % kv.format.page_size]
 
 
 def prefill(
@@ -71,6 +90,7 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    pattern: SparsePattern | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.prefill`, whose docstring holds."""
     tokens, q_heads, _ = q.shape
@@ -79,7 +99,7 @@ def prefill(
     for start in range(0, tokens, QUERY_TILE):
         rows = slice(start, min(start + QUERY_TILE, tokens))
         out[rows], lse[rows] = _prefill_tile(
-            q, k, v, past, rows, scale, positions, window, softcap, sinks
+            q, k, v, past, rows, scale, positions, window, softcap, sinks, pattern
         )
     return out, lse
 
@@ -95,6 +115,7 @@ def _prefill_tile(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    pattern: SparsePattern | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [queries, q_heads, v_dim] and lse, both fp32, of the chunk's queries `rows`."""
     kv_heads, q_heads = k.shape[1], q.shape[1]
@@ -104,12 +125,39 @@ def _prefill_tile(
     oldest = at - window + 1 if window is not None else None
     out = grouped.new_zeros(*grouped.shape[:-1], v.shape[2])
     lse = grouped.new_full(grouped.shape[:-1], -torch.inf)
-    parts = _past_parts(past, oldest) if past is not None else iter(())
-    for keys, values, visible in chain(parts, _own_parts(k, v, positions, at, oldest)):
+    lengths = past.lengths[0].tolist() if past is not None else [0] * kv_heads
+    own = _own_parts(k, v, positions, at, oldest, lengths)
+    parts = chain(_past_parts(past, oldest), own) if past is not None else own
+    for keys, values, visible, first_keys in parts:
+        if pattern is not None:
+            visible = visible & _listed(pattern, rows, first_keys, keys.shape[2], lengths)
         part = attend(grouped, keys.float(), values.float(), visible, scale, softcap)
         out, lse = merge_states(out, lse, *part)
     out, lse = out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
     return (out, lse) if sinks is None else merge_sinks(out, lse, sinks)
+
+
+def _listed(
+    pattern: SparsePattern, rows: slice, first_keys: list[int], n_keys: int, lengths: list[int]
+) -> torch.Tensor:
+    """Which of the `n_keys` keys from `first_keys` the pattern names for the queries `rows`.
+
+    Returns:
+        bool [kv_heads, group, queries, n_keys].
+    """
+    group = pattern.q_heads // len(lengths)
+    device = pattern.blocks.device
+    queries = torch.arange(rows.start, rows.stop, device=device)
+    heads = [
+        pattern.visible(
+            head,
+            queries,
+            torch.arange(n_keys, device=device) + first_keys[head // group],
+            lengths[head // group],
+        )
+        for head in range(pattern.q_heads)
+    ]
+    return torch.stack(heads).view(len(lengths), group, len(queries), n_keys)
 
 
 def _past_parts(past: PagedKV, oldest: torch.Tensor | None) -> Iterator[Part]:
@@ -122,7 +170,7 @@ def _past_parts(past: PagedKV, oldest: torch.Tensor | None) -> Iterator[Part]:
             if not visible.any():
                 continue
         keys, values = gather_kv(past, start, stop)
-        yield keys[0, :, None], values[0, :, None], visible
+        yield keys[0, :, None], values[0, :, None], visible, [start] * keys.shape[1]
 
 
 def _own_parts(
@@ -131,6 +179,7 @@ def _own_parts(
     positions: torch.Tensor,
     at: torch.Tensor,
     oldest: torch.Tensor | None,
+    lengths: list[int],
 ) -> Iterator[Part]:
     """The chunk's own tokens tile by tile, but for tiles that no query sees."""
     for start in range(0, len(positions), KEY_TILE):
@@ -139,7 +188,8 @@ def _own_parts(
         if oldest is not None:
             visible &= positions[own] >= oldest
         if visible.any():
-            yield k[own].transpose(0, 1)[:, None], v[own].transpose(0, 1)[:, None], visible
+            keys, values = (x[own].transpose(0, 1)[:, None] for x in (k, v))
+            yield keys, values, visible, [length + start for length in lengths]
 
 
 def attend(

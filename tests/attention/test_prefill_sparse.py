@@ -1,0 +1,206 @@
+"""Sparse prefill equals attention over the pairs that its pattern names, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tamis.attention import prefill
+from tamis.attention.pattern import SparsePattern
+from tests.attention import naive
+
+Prefill = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture(params=naive.BACKENDS, scope="session")
+def implementation(request: pytest.FixtureRequest) -> Prefill:
+    """Prefill by one backend and instruction set."""
+    return naive.implementation("prefill", request.param)
+
+
+def random_pattern(q_heads: int, tokens: int, keys: int, block: int, alike: int) -> SparsePattern:
+    """Random blocks, columns, windows and full heads; the lists of `alike` heads on end are equal.
+
+    Some query blocks list nothing and some share their neighbour's list, some blocks and columns
+    lie after every query, and adjacent heads may be equal.
+    """
+    q_blocks, key_blocks = -(-tokens // block), -(-keys // block) + 1
+    source = torch.arange(q_heads) // alike
+    mask = torch.rand(q_heads, q_blocks, key_blocks) < torch.rand(q_heads, q_blocks, 1)
+    mask[:, torch.rand(q_blocks) < 0.2] = False
+    again = torch.rand(q_blocks) < 0.4
+    again[0] = False
+    mask[:, again] = mask[:, again.nonzero()[:, 0] - 1]
+    count = torch.randint(0, 30, (q_heads,))
+    columns = [torch.randperm(keys + 9)[:most] for most in count.tolist()]
+    windows = torch.randint(0, keys, (q_heads,)) * (torch.rand(q_heads) < 0.5)
+    return SparsePattern.from_blocks(
+        mask[source],
+        [columns[head] for head in source.tolist()],
+        block=block,
+        window=windows.int()[source],
+        full=(torch.rand(q_heads) < 0.15)[source],
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    """What describes one sparse prefill call; `build` makes its tensors."""
+    kv_heads = draw(st.integers(1, 3))
+    k_dim = draw(st.sampled_from([8, 40, 64]))
+    heads = st.lists(st.integers(0, 200), min_size=kv_heads, max_size=kv_heads)
+    return {
+        "tokens": draw(st.integers(1, 150)),
+        "past": draw(st.none() | heads),
+        "kv_heads": kv_heads,
+        "group": draw(st.integers(1, 5)),
+        "alike": draw(st.integers(1, 4)),
+        "block": draw(st.sampled_from([1, 7, 16, 64, 300])),
+        "k_dim": k_dim,
+        "v_dim": draw(st.sampled_from([k_dim, 24])),
+        "dtype": draw(st.sampled_from(list(naive.TOLERANCE))),
+        "page_size": draw(st.sampled_from([1, 16, 64])),
+        "gap": draw(st.sampled_from([1, 3])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "window": draw(st.none() | st.integers(1, 120)),
+        "sinks": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def build(case: dict) -> tuple[tuple, dict]:
+    """Positional arguments and options of a case."""
+    torch.manual_seed(case["seed"])
+    tokens, kv_heads, dtype = case["tokens"], case["kv_heads"], case["dtype"]
+    q = torch.randn(tokens, kv_heads * case["group"], case["k_dim"]).to(dtype)
+    k = torch.randn(kv_heads, tokens, case["k_dim"]).to(dtype).transpose(0, 1)
+    v = torch.randn(kv_heads, tokens, case["v_dim"]).to(dtype).transpose(0, 1)
+    past, first = None, 0
+    if case["past"] is not None:
+        names = ("page_size", "k_dim", "v_dim", "dtype", "gap")
+        past = naive.cached([case["past"]], **{name: case[name] for name in names})
+        first = max(int(at[-1]) + 1 if len(at) else 0 for at in past.positions[0])
+    keys = tokens + max(case["past"] or [0])
+    options = {
+        "scale": case["k_dim"] ** -0.5,
+        "positions": torch.arange(first, first + tokens),
+        "window": case["window"],
+        "softcap": case["softcap"],
+        "sinks": torch.randn(q.shape[1]) if case["sinks"] else None,
+        "pattern": random_pattern(q.shape[1], tokens, keys, case["block"], case["alike"]),
+    }
+    return (q, k, v, past), options
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases())
+def test_equals_the_definition(implementation: Prefill, case: dict) -> None:
+    (q, k, v, past), options = build(case)
+    out, lse = implementation(q, k, v, past.kv if past is not None else None, **options)
+    want_out, want_lse = naive.prefill(q, k, v, past, **options)
+    tolerance = naive.TOLERANCE[q.dtype]
+    torch.testing.assert_close(out.double(), want_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def chunk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, naive.Cached]:
+    """600 tokens of 4 query and 2 KV heads after 700 and 333 cached ones: q, k, v, past."""
+    torch.manual_seed(0)
+    past = naive.cached([[700, 333]], page_size=64, k_dim=32, v_dim=32, dtype=torch.float32)
+    return *(torch.randn(600, heads, 32) for heads in (4, 2, 2)), past
+
+
+OPTIONS = {"scale": 0.2, "positions": torch.arange(700, 1300)}
+
+
+def test_a_pattern_of_everything_is_dense_attention(implementation: Prefill, chunk: tuple) -> None:
+    q, k, v, past = chunk
+    dense = implementation(q, k, v, past.kv, **OPTIONS)
+    everything = torch.ones(4, 10, 21, dtype=torch.bool)
+    for pattern in (
+        SparsePattern.from_blocks(everything),
+        SparsePattern.from_blocks(~everything, [torch.arange(1300)] * 4),
+        SparsePattern.from_blocks(~everything, window=torch.full((4,), 1300).int()),
+        SparsePattern.from_blocks(~everything, full=torch.ones(4, dtype=torch.bool)),
+    ):
+        sparse = implementation(q, k, v, past.kv, **OPTIONS, pattern=pattern)
+        for one, other in zip(sparse, dense, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shape_is_sinks_and_a_window(implementation: Prefill, chunk: tuple) -> None:
+    q, k, v, past = chunk
+    pattern = SparsePattern.a_shape(4, 600, past.kv.lengths[0], sinks=5, window=130)
+    out, lse = implementation(q, k, v, past.kv, **OPTIONS, pattern=pattern)
+    for head, i in ((0, 0), (1, 599), (2, 63), (3, 300)):
+        keys, values = (
+            torch.cat([cached[0][head // 2], own[:, head // 2]])
+            for cached, own in ((past.k, k), (past.v, v))
+        )
+        at = len(keys) - 600 + i
+        seen = torch.cat([torch.arange(5), torch.arange(at - 129, at + 1)])
+        want, want_lse = naive.attend(q[i, head], keys[seen], values[seen], scale=0.2)
+        torch.testing.assert_close(out[i, head].double(), want, atol=1e-5, rtol=1e-5)
+        assert lse[i, head].item() == pytest.approx(want_lse, abs=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_zero(implementation: Prefill, chunk: tuple) -> None:
+    q, k, v, past = chunk
+    pattern = SparsePattern.from_blocks(torch.zeros(4, 10, 1, dtype=torch.bool))
+    out, lse = implementation(q, k, v, past.kv, **OPTIONS, pattern=pattern)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    sinks = torch.randn(4)
+    out, lse = implementation(q, k, v, past.kv, **OPTIONS, pattern=pattern, sinks=sinks)
+    assert not out.any()
+    torch.testing.assert_close(lse, sinks.expand(600, 4))
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("dtype", naive.TOLERANCE)
+def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    """Another number of threads also makes other tiles of queries."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(500, heads, 40).to(dtype) for heads in (6, 2, 2))
+    options = {"scale": 0.2, "positions": torch.arange(500), "backend": "native"}
+    options["pattern"] = random_pattern(6, 500, 500, 64, 1)
+    options["pattern"].window[:] = torch.tensor([150, 150, 0, 40, 200, 1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = prefill(q, k, v, None, **options)
+        torch.set_num_threads(7)
+        together = prefill(q, k, v, None, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.usefixtures("extension")
+def test_strided_lists_are_read_as_they_are(chunk: tuple) -> None:
+    q, k, v, past = chunk
+    pattern = random_pattern(4, 600, 1300, 64, 1)
+    strided = {
+        name: torch.stack([getattr(pattern, name)] * 2, -1)[..., 0]
+        for name in ("block_starts", "blocks", "column_starts", "columns", "window", "full")
+    }
+    run = naive.implementation("prefill", "portable")
+    out, _ = run(q, k, v, past.kv, **OPTIONS, pattern=SparsePattern(64, **strided))
+    want, _ = run(q, k, v, past.kv, **OPTIONS, pattern=pattern)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 3), "4 heads and 3 query blocks, got 2 and 3"), ((4, 2), "got 4 and 2")],
+)
+def test_a_pattern_of_another_shape_is_refused(shape: tuple[int, int], message: str) -> None:
+    q, k = torch.zeros(130, 4, 8), torch.zeros(130, 2, 8)
+    pattern = SparsePattern.from_blocks(torch.ones(*shape, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=message):
+        prefill(q, k, k, None, scale=1.0, positions=torch.arange(130), pattern=pattern)
