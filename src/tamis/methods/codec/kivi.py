@@ -1,0 +1,96 @@
+"""KIVI: keys quantized per channel, values per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tamis.errors import PlanError
+from tamis.methods.base import Codec, param
+from tamis.methods.codec.quantize import half_dtype, pack, quantize, unpack
+from tamis.methods.views import Column, LayerView
+
+
+@dataclass(frozen=True)
+class KIVI(Codec):
+    """Keys have outlier channels and values have none, so keys are quantized along tokens, channel
+    by channel, and values along channels, token by token.
+
+    A group of `group_size` elements is stored as `Q(x) = round((x - z) / s)` with `z = min x` and
+    `s = (max x - min x) / (2**bits - 1)`, and read as `Q(x) * s + z` (its section on
+    methodology and algorithm 1). Defaults: the paper's 2 bits, groups of 32, residual length
+    R = 128.
+
+    Departures: the paper quantizes keys R at a time, so that between 0 and R - 1 of the last keys
+    (`l mod R`) and exactly R of the last values are exact. Here keys and values are encoded
+    together, page by page, when all of a page is older than `residual`: at least the last
+    `residual` tokens of both are exact, and less than one page more. The paper's prompt is
+    attended before it is quantized, and so it is here. `z` is rounded down and `s` up to 16 bits,
+    so that no error exceeds `s / 2`; constant groups of 16-bit numbers are exact.
+
+    Codes lie along channels, `8 / bits` per byte, the first in the lowest bits. A token costs
+    `(k_dim + v_dim) * (bits + 32 / group_size) / 8` bytes.
+    """
+
+    paper: ClassVar[str] = (
+        "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv:2402.02750)"
+    )
+
+    bits: int = param(2, "bits per element", choices=(2, 4, 8))
+    group_size: int = param(32, "elements that share a scale and a zero-point", minimum=1)
+    residual: int = param(128, "last tokens that stay exact", minimum=0)
+
+    def columns(self, page_size: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> list[Column]:
+        if page_size % self.group_size or v_dim % self.group_size:
+            raise PlanError(
+                f"{self}: groups of {self.group_size} do not divide pages of {page_size} tokens "
+                f"and values of {v_dim} channels; group_size={gcd(page_size, v_dim)} would"
+            )
+        if (k_dim * self.bits) % 8 or (v_dim * self.bits) % 8:
+            fits = next(b for b in (2, 4, 8) if (k_dim * b) % 8 == 0 == (v_dim * b) % 8)
+            raise PlanError(
+                f"{self}: heads of {k_dim} and {v_dim} channels do not fill whole bytes at "
+                f"{self.bits} bits; bits={fits} would"
+            )
+        half, key_groups = half_dtype(dtype), page_size // self.group_size
+        return [
+            Column("k_codes", torch.uint8, k_dim * self.bits // 8),
+            Column("k_scale", half, k_dim, rows=key_groups),
+            Column("k_zero", half, k_dim, rows=key_groups),
+            Column("v_codes", torch.uint8, v_dim * self.bits // 8),
+            Column("v_scale", half, v_dim // self.group_size),
+            Column("v_zero", half, v_dim // self.group_size),
+        ]
+
+    def encode(self, k: Tensor, v: Tensor, view: LayerView) -> dict[str, Tensor]:
+        return self.quantized(k.float(), v.float(), half_dtype(k.dtype))
+
+    def decode(self, page: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        k = torch.unflatten(unpack(page["k_codes"], self.bits), 2, (-1, self.group_size))
+        v = torch.unflatten(unpack(page["v_codes"], self.bits), 3, (-1, self.group_size))
+        k_scale, k_zero = (page[name].float()[:, :, :, None] for name in ("k_scale", "k_zero"))
+        v_scale, v_zero = (page[name].float()[..., None] for name in ("v_scale", "v_zero"))
+        return (
+            torch.addcmul(k_zero, k.float(), k_scale).flatten(2, 3),
+            torch.addcmul(v_zero, v.float(), v_scale).flatten(3, 4),
+        )
+
+    def quantized(self, k: Tensor, v: Tensor, half: torch.dtype) -> dict[str, Tensor]:
+        """The fields of `columns` for fp32 keys and values, scales and zero-points in `half`."""
+        # k [kv_heads, pages, groups, group_size, k_dim], v [.., page_size, groups, group_size]
+        k_groups = torch.unflatten(k, 2, (-1, self.group_size))
+        v_groups = torch.unflatten(v, 3, (-1, self.group_size))
+        k_codes, k_scale, k_zero = quantize(k_groups, 3, self.bits, half)
+        v_codes, v_scale, v_zero = quantize(v_groups, 4, self.bits, half)
+        return {
+            "k_codes": pack(k_codes.flatten(2, 3), self.bits),
+            "k_scale": k_scale.squeeze(3),
+            "k_zero": k_zero.squeeze(3),
+            "v_codes": pack(v_codes.flatten(3, 4), self.bits),
+            "v_scale": v_scale.squeeze(4),
+            "v_zero": v_zero.squeeze(4),
+        }
