@@ -220,12 +220,7 @@ class Model:
                 passage = hooks.enter_context(passing(self.decoder_layers, rows))
             if measure is not None:  # after `passing`, so that it sees the rows of the layer
                 hooks.enter_context(measured(self.decoder_layers, self.attention_modules, measure))
-            try:
-                logits = self._run(
-                    input_ids, positions, logits_at, rope_lengths, {"attend": attend}
-                )
-            except AllRowsLeftError:
-                logits = torch.empty(0, self.vocab_size, device=self.device)
+            logits = self._run(input_ids, positions, logits_at, rope_lengths, {"attend": attend})
         return logits if passage is None else (logits, passage.left)
 
     @torch.enable_grad()

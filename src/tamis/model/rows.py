@@ -99,7 +99,7 @@ class Passage:
         return (self._first <= layer) & (self._last >= layer)
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
-        """A layer's input [1, rows of the layer, hidden_size], from the output of the one before."""
+        """A layer's input [1, rows of the layer, hidden_size], made of the output before it."""
         if self._left is None:
             n_leaving = int((self._last < self._n_layers - 1).sum())
             self._left = hidden.new_empty(n_leaving, hidden.shape[-1])
