@@ -144,7 +144,7 @@ def test_values_keep_their_dtype():
     assert k_new.dtype == v_new.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"beta": 1.5}, {"recent": -0.1}, {"budget": 0}])
+@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"beta": 1.5}, {"heavy": -0.1}, {"budget": 0}])
 def test_parameters_out_of_range_are_refused(wrong):
     with pytest.raises(PlanError, match=next(iter(wrong))):
         D2O(**wrong)

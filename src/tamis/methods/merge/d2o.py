@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tamis.methods.base import Evict, Merge, budget_param, param, resolve
+from tamis.methods.base import Evict, Merge, budget_param, param
+from tamis.methods.evict.recent import keep_recent_and_top
 from tamis.methods.views import LayerView, Needs
 
 _PAPER = (
@@ -21,29 +22,30 @@ _STATE = "d2o.threshold"
 
 @dataclass(frozen=True)
 class D2OEviction(Evict):
-    """The token-level eviction of D2O: as H2O, with heavy to recent tokens as 3 to 1.
+    """The token-level eviction of D2O: the tokens with the most attention, and the recent ones.
 
-    A token's score is the sum of the attention weights it ever received; the last
-    `recent * budget` tokens stay whatever they received. It acts at the prompt's end and then for
-    every generated token, as in the paper.
+    As H2O, but with heavy to recent tokens as 3 to 1 (section 3.2). It acts at the prompt's end,
+    when the whole prompt has been read, and then for every generated token.
     """
 
     paper = _PAPER
-    budget: int | float = budget_param(0.2)
-    recent: float = param(0.25, "share of the budget for recent tokens", minimum=0, maximum=1)
+    query_dependent = True
+    interval = 1  # generated tokens between two evictions
 
-    @property
-    def interval(self) -> int:
-        return 1
+    budget: int | float = budget_param(0.2)
+    heavy: float = param(0.75, "share of the budget for heavy hitters", minimum=0, maximum=1)
 
     def needs(self) -> Needs:
         return Needs(attention=True)
 
     def scores(self, view: LayerView) -> Tensor:
-        window = round(self.recent * resolve(self.budget, view.prompt_tokens))
-        places = torch.arange(view.cached.shape[1], device=view.cached.device)
-        protected = places >= (view.lengths - window)[:, None]
-        return view.attention().masked_fill(protected, torch.inf)
+        """Accumulated attention."""
+        return view.attention()
+
+    def keep(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
+        """The newest tokens of each head's budget, then its heavy hitters."""
+        heavy_hitters = (self.heavy * budget).round().long()
+        return keep_recent_and_top(view, scores, budget - heavy_hitters, budget)
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ class D2O(Merge):
     """
 
     paper = _PAPER
+    query_dependent = True
+
     budget: int | float = budget_param(0.2)
-    recent: float = param(0.25, "share of the budget for recent tokens", minimum=0, maximum=1)
+    heavy: float = param(0.75, "share of the budget for heavy hitters", minimum=0, maximum=1)
     beta: float = param(0.7, "weight of the newest in the threshold", above=0, maximum=1)
 
     def eviction(self) -> D2OEviction:
-        return D2OEviction(self.budget, self.recent)
+        return D2OEviction(self.budget, self.heavy)
 
     def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         k, v = view.keys_values()

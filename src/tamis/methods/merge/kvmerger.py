@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tamis.methods.base import Evict, Merge, budget_param, param, resolve
+from tamis.methods.evict.recent import recent
 from tamis.methods.views import LayerView, Needs, top_mask
 
 _PAPER = (
@@ -28,6 +29,8 @@ class KVMergerEviction(Evict):
     """
 
     paper = _PAPER
+    query_dependent = True
+
     budget: int | float = budget_param(0.5)
     threshold: float = param(0.75, "cosine similarity that joins neighbours", minimum=-1, maximum=1)
     recent: float = param(0.34, "share of the budget for recent tokens", minimum=0, maximum=1)
@@ -39,11 +42,10 @@ class KVMergerEviction(Evict):
     def scores(self, view: LayerView) -> Tensor:
         budget = resolve(self.budget, view.prompt_tokens)
         sums = view.attention()
-        places = torch.arange(sums.shape[1], device=sums.device)
-        recent = places >= (view.lengths - round(self.recent * budget))[:, None]
-        others = sums.masked_fill(recent | ~view.cached, -torch.inf)
+        newest = recent(view, round(self.recent * budget))
+        others = sums.masked_fill(newest | ~view.cached, -torch.inf)
         heavy = top_mask(others, torch.full_like(view.lengths, round(self.heavy * budget)))
-        return sums.masked_fill(recent | heavy, torch.inf)
+        return sums.masked_fill(newest | heavy, torch.inf)
 
     def keep(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
         pivots = _pivots(view, scores, view.cached, self.threshold)
@@ -76,6 +78,8 @@ class KVMerger(Merge):
     """
 
     paper = _PAPER
+    query_dependent = True
+
     budget: int | float = budget_param(0.5)
     threshold: float = param(0.75, "cosine similarity that joins neighbours", minimum=-1, maximum=1)
     recent: float = param(0.34, "share of the budget for recent tokens", minimum=0, maximum=1)
