@@ -1,0 +1,32 @@
+"""Fitted tensors on their way to `<model directory>/tamis/<method>.safetensors`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save(
+    tensors: Mapping[str, Tensor], folder: Path, method: str, setting: Mapping[str, object]
+) -> Path:
+    """Write `<folder>/<method>.safetensors`, whole or not at all; returns it.
+
+    `setting` is what the tensors were fitted with; it goes into the file's metadata.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{method}.safetensors"
+    partial = path.with_suffix(".partial")
+    metadata = {name: str(value) for name, value in setting.items()}
+    save_file({name: one.contiguous().cpu() for name, one in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+    return path
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """One row per layer, [layers, most heads]; layers with fewer heads are padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
