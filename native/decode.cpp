@@ -56,15 +56,7 @@ int64_t first_visible(const Pages& pages, int64_t offset, int64_t end, int64_t o
       low = guess + 1;
     }
   }
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (visible(middle)) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
+  return first_from(pages, offset, low, high, oldest);
 }
 
 std::vector<Span> visible_spans(const DecodeArgs& a) {

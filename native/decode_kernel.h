@@ -55,8 +55,8 @@ class DecodeKernel {
     int64_t ready = 0;  // index of the block at work
     find_rows(range_.begin, &blocks_[0]);
     for (int64_t i = 0; i < blocks_[0].count; ++i) {
-      prefetch(blocks_[0].k[i], range_.k_dim);
-      prefetch(blocks_[0].v[i], range_.v_dim);
+      prefetch_row<Isa>(blocks_[0].k[i], range_.k_dim);
+      prefetch_row<Isa>(blocks_[0].v[i], range_.v_dim);
     }
     for (int64_t begin = range_.begin; begin < range_.end; begin += kBlock, ready ^= 1) {
       rows_ = &blocks_[ready];
@@ -102,11 +102,6 @@ class DecodeKernel {
     }
   }
 
-  static void prefetch(const T* row, int64_t dim) {
-    const char* bytes = reinterpret_cast<const char*>(row);
-    for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
-  }
-
   // Queries g..g + N over the block's tokens.
   template <int N>
   void attend_block(int64_t g) {
@@ -124,7 +119,7 @@ class DecodeKernel {
   void score(int64_t g) {
     const auto prefetch_next = [this, g](int64_t t, int64_t tokens) {
       for (int64_t j = t; g == 0 && j < t + tokens && j < next_->count; ++j) {
-        prefetch(next_->k[j], range_.k_dim);
+        prefetch_row<Isa>(next_->k[j], range_.k_dim);
       }
     };
     dot_products<Isa, T, N>(queries_ + g * k_pad_, k_pad_, rows_->k, rows_->count, range_.k_dim,
@@ -190,7 +185,7 @@ class DecodeKernel {
     }
     const float* const weights = scores_ + g * kBlock;
     for (int64_t t = 0; t < rows_->count; ++t) {
-      if (g == 0 && d == 0 && t < next_->count) prefetch(next_->v[t], range_.v_dim);
+      if (g == 0 && d == 0 && t < next_->count) prefetch_row<Isa>(next_->v[t], range_.v_dim);
       Vec values[D];
       for (int i = 0; i < D; ++i) values[i] = load(rows_->v[t], i);
       for (int n = 0; n < N; ++n) {

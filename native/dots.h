@@ -8,6 +8,13 @@
 
 namespace tamis {
 
+// Bring one row into the second-level cache.
+template <class Isa, class T>
+void prefetch_row(const T* row, int64_t dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // Queries q [count, dim] as the inner product takes them, each padded with zeros.
 template <class Isa, class T>
 void pack_dot_queries(const T* q, int64_t stride, int64_t count, int64_t dim,

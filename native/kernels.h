@@ -3,6 +3,7 @@
 
 #include "cpu.h"
 #include "decode.h"
+#include "observe.h"
 #include "prefill.h"
 
 namespace tamis {
@@ -11,6 +12,8 @@ namespace tamis {
 struct Kernels {
   AttendRange* attend_range[3];
   PrefillTile* prefill_tile[3];
+  ObserveSpan* observe_span[3];
+  ObserveRange* observe_range[3];
 };
 
 Kernels kernels_portable();

@@ -10,6 +10,7 @@
 #include "append.h"
 #include "cpu.h"
 #include "decode.h"
+#include "observe.h"
 #include "prefill.h"
 
 namespace nb = nanobind;
@@ -152,6 +153,42 @@ void append_call(int threads, uintptr_t data, int64_t page_size, uintptr_t table
   append(args, threads);
 }
 
+void observe_call(const std::string& isa, int threads, bool chunk, int dtype, int64_t n,
+                  int64_t q_heads, int64_t kv_heads, int64_t k_dim, uintptr_t q,
+                  int64_t q_row_stride, int64_t q_head_stride, uintptr_t data, int64_t page_size,
+                  int64_t k_offset, int64_t position_offset, uintptr_t tables,
+                  int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
+                  int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t positions,
+                  int64_t window, float scale, float softcap, uintptr_t lse, uintptr_t out,
+                  int64_t width) {
+  const ObserveArgs args{static_cast<DType>(dtype),
+                         n,
+                         q_heads,
+                         kv_heads,
+                         k_dim,
+                         {at<const uint8_t>(q), q_row_stride, q_head_stride},
+                         at<const uint8_t>(data),
+                         page_size,
+                         k_offset,
+                         position_offset,
+                         at<const int32_t>(tables),
+                         tables_row_stride,
+                         tables_head_stride,
+                         at<const int32_t>(lengths),
+                         lengths_row_stride,
+                         lengths_head_stride,
+                         at<const int64_t>(positions),
+                         window,
+                         scale,
+                         softcap,
+                         at<const float>(lse),
+                         at<float>(out),
+                         width};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  (chunk ? observe_chunk : observe_decode)(args, chosen, threads);
+}
+
 nb::dict cpu_features_dict() {
   const CpuFeatures found = cpu_features();
   nb::dict features;
@@ -192,6 +229,12 @@ NB_MODULE(_native, m) {
         "pattern_block_starts"_a, "pattern_blocks"_a, "pattern_column_starts"_a,
         "pattern_columns"_a, "pattern_window"_a, "pattern_full"_a, "out"_a, "lse"_a,
         "Causal attention of a chunk; see prefill.h.");
+  m.def("observe", tamis::observe_call, "isa"_a, "threads"_a, "chunk"_a, "dtype"_a, "n"_a,
+        "q_heads"_a, "kv_heads"_a, "k_dim"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "data"_a,
+        "page_size"_a, "k_offset"_a, "position_offset"_a, "tables"_a, "tables_row_stride"_a,
+        "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a, "lengths_head_stride"_a,
+        "positions"_a, "window"_a, "scale"_a, "softcap"_a, "lse"_a, "out"_a, "width"_a,
+        "Scores or weights of cached tokens; see observe.h.");
   m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
         "lengths_head_stride"_a, "starts"_a, "n"_a, "kv_heads"_a, "k"_a, "k_token_stride"_a,

@@ -19,4 +19,9 @@ struct Pages {
   }
 };
 
+// First of the tokens low..high at `position` or later, `high` if there is none; positions, whose
+// field starts `offset` bytes into a page, ascend.
+int64_t first_from(const Pages& pages, int64_t offset, int64_t low, int64_t high,
+                   int64_t position);
+
 }  // namespace tamis

@@ -1,11 +1,15 @@
-"""Attention over pages: pure functions, each exact and each returning its log-sum-exp."""
+"""Attention over pages: pure functions, each exact and each returning its log-sum-exp.
 
+`observe` holds the statistics of it that methods ask for.
+"""
+
+from tamis.attention import observe
 from tamis.attention.decode import decode
 from tamis.attention.merge import merge_states
 from tamis.attention.prefill import prefill
 from tamis.platform import BACKENDS, native_module
 
-__all__ = ["backends", "decode", "merge_states", "prefill"]
+__all__ = ["backends", "decode", "merge_states", "observe", "prefill"]
 
 
 def backends() -> dict[str, bool]:

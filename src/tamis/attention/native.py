@@ -9,7 +9,8 @@ import torch
 from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache.format import PagedKV
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The numbers by which the extension knows dtypes (`DType` in native/element.h)."""
 
 
 def decode(
@@ -54,7 +55,7 @@ def decode(
     extension.decode(
         isa=isa or "",
         threads=torch.get_num_threads(),
-        dtype=_DTYPE_CODES[q.dtype],
+        dtype=DTYPE_CODES[q.dtype],
         n=n,
         q_heads=q_heads,
         kv_heads=lengths.shape[1],
@@ -132,7 +133,7 @@ def prefill(
     extension.prefill(
         isa=isa or "",
         threads=torch.get_num_threads(),
-        dtype=_DTYPE_CODES[q.dtype],
+        dtype=DTYPE_CODES[q.dtype],
         tokens=tokens,
         q_heads=q_heads,
         kv_heads=kv_heads,
