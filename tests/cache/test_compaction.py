@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tamis.cache.compaction import plan_compaction
+from tamis.cache.compaction import plan_compaction, plan_retraction
 from tamis.cache.pool import ragged_arange
 
 
@@ -46,10 +46,59 @@ def test_the_moves_are_those_of_a_naive_compaction(
         ]
         first = in_place.index(False) if False in in_place else len(pages)
         assert plan.first_page[head] == first
-        expected += [(head, kept[i], i) for i in range(first * page_size, len(kept))]
+        expected += [(head, source, i) for i, source in enumerate(kept) if source != i]
     moves = zip(plan.head.tolist(), plan.source.tolist(), plan.target.tolist(), strict=True)
     assert list(moves) == expected
     assert plan.lengths.tolist() == [len(kept) for _, kept in heads]
+    assert plan.first_changed.tolist() == [
+        first_changed(list(range(n)), kept, page_size) for n, kept in heads
+    ]
+
+
+def first_changed(before: list[int], after: list[int], page_size: int) -> int:
+    """The first page that holds other tokens than before."""
+    pages = range(0, len(after), page_size)
+    same = [before[i : i + page_size] == after[i : i + page_size] for i in pages]
+    if False in same:
+        return same.index(False)
+    # What was cut within a page changed that page; what was cut at its end changed none.
+    return len(same)
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    lengths=st.lists(st.integers(9, 40), min_size=1, max_size=4),
+    n=st.integers(0, 9),
+    data=st.data(),
+    page_size=st.sampled_from([1, 4, 7]),
+)
+def test_a_retraction_moves_what_a_compaction_of_the_whole_would(
+    lengths: list[int], n: int, data: st.DataObject, page_size: int
+) -> None:
+    kept = sorted(data.draw(st.sets(st.integers(0, n - 1)))) if n else []
+    array = np.array(lengths, dtype=np.int32)
+    plan = plan_retraction(array, n, kept, page_size)
+    whole = [[*range(length - n), *(length - n + i for i in kept)] for length in lengths]
+    want = plan_compaction(array, [np.array(row, dtype=np.int32) for row in whole], page_size)
+    for name in ("lengths", "first_page", "first_changed"):
+        assert getattr(plan, name).tolist() == getattr(want, name).tolist()
+    moves = np.stack([plan.head, plan.source, plan.target])
+    assert moves.tolist() == np.stack([want.head, want.source, want.target]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("n", "kept", "message"),
+    [
+        (6, [0], "6 tokens retracted of a row with 5"),
+        (-1, [], "-1 tokens retracted"),
+        (3, [1, 1], r"must ascend within 0 \.\. 2, got \[1, 1\]"),
+        (3, [3], r"must ascend within 0 \.\. 2"),
+        (3, [-1, 0], r"must ascend within 0 \.\. 2"),
+    ],
+)
+def test_impossible_retractions_are_refused(n: int, kept: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_retraction(np.array([9, 5], dtype=np.int32), n, kept, 4)
 
 
 @pytest.mark.parametrize("kept", [[3, 2], [1, 1], [-1, 0], [0, 5]])

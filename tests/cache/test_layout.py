@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tamis.cache import CacheLayout, LayerShape, PagedCache
+from tamis.cache import CacheLayout, Field, LayerShape, PagedCache
 from tamis.errors import ConfigError
 from tests.cache import tokens
 
@@ -101,3 +101,24 @@ def test_impossible_layouts_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         CacheLayout(layers, page_size, torch.float32)
+
+
+def test_small_arenas_have_blocks_for_larger_pages_too() -> None:
+    layout = CacheLayout(PLAIN, 4, torch.float32)
+    blocks = [layout.block_bytes(pages * 320) // 320 for pages in (1, 15, 16, 32, 99)]
+    assert blocks == [1, 1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("page_bytes", [64, 320, 321, 640, 1280, 1281, 5_000, 1_000_000])
+def test_the_capacity_for_a_page_is_enough(page_bytes: int) -> None:
+    layout = CacheLayout(PLAIN, 4, torch.float32)
+    assert layout.block_bytes(layout.capacity_for_page(page_bytes)) >= page_bytes
+
+
+def test_columns_change_the_formats_and_not_the_blocks() -> None:
+    layout = CacheLayout(MIXED, 4, torch.float32)
+    extended = layout.with_columns((Field("score", torch.float32, 1),))
+    assert [format.page_bytes for format in extended.formats] == [384, 320]
+    assert extended.layer_formats == layout.layer_formats
+    assert extended.bytes_for(8) > layout.bytes_for(8)
+    assert extended.block_bytes(100_000) == layout.block_bytes(100_000)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tamis.cache import (
+    BatchView,
     CacheLayout,
     LayerShape,
     OutOfPages,
@@ -375,3 +376,151 @@ class TestFree:
         sequence.free()
         assert cache.bytes_in_use == branch.bytes
         assert serials(branch, 1, 0) == list(range(10))
+
+
+class TestLayers:
+    def test_room_is_made_in_some_layers_only(self) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 4)
+        sequence.reserve(3, range(1, 2))
+        assert sequence.page_counts.tolist() == [1, 1, 2]
+        assert sequence.layer_room().tolist() == [0, 4]
+        assert sequence.room == 0
+        assert cache.bytes_in_use == sequence.bytes == 2 * 320 + 2 * 256
+
+    def test_tokens_may_pass_through_some_layers_only(self) -> None:
+        sequence = grown(make_cache(), 4)
+        tokens.grow(sequence, [50, 51, 52], range(1))
+        assert sequence.next_position == 4
+        assert serials(sequence, 0, 1) == [0, 1, 2, 3, 50, 51, 52]
+        assert serials(sequence, 1, 0) == [0, 1, 2, 3]
+        sequence.next_position = 7
+        tokens.grow(sequence, [60])
+        assert sequence.positions(0, 0).tolist() == list(range(8))
+        assert sequence.positions(1, 0).tolist() == [0, 1, 2, 3, 7]
+        assert sequence.next_position == 8
+
+    def test_all_layers_named_are_all_layers(self) -> None:
+        sequence = make_cache().new_sequence()
+        tokens.grow(sequence, range(3), range(2))
+        assert sequence.next_position == 3
+
+    def test_layers_without_room_can_be_read_and_not_appended_to(self) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 4)
+        sequence.reserve(2, range(1))
+        batch = BatchView(cache, [sequence], [2], torch.tensor([4, 5], dtype=torch.int32))
+        assert batch.pages(1, 0, 1, with_new=False).lengths.tolist() == [[4]]
+        with pytest.raises(PageError, match="adds 2 tokens to a sequence with 0 reserved"):
+            batch.append(1, torch.zeros(2, 1, 4), torch.zeros(2, 1, 6))
+
+    def test_a_shared_tail_is_copied_in_those_layers_only(self) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 6)
+        branch = sequence.fork()
+        tokens.grow(branch, [100], range(1))
+        assert cache.bytes_in_use == sequence.bytes + 2 * 320
+        tokens.grow(branch, [101], range(1, 2))
+        assert cache.bytes_in_use == sequence.bytes + 2 * 320 + 256
+        assert serials(sequence, 0, 0) == serials(sequence, 1, 0) == list(range(6))
+        assert serials(branch, 1, 0) == [*range(6), 101]
+
+    def test_more_tokens_than_reserved_cannot_be_counted(self) -> None:
+        sequence = grown(make_cache(), 6)
+        sequence.fork()
+        with pytest.raises(PageError, match="1 tokens appended to some layers, 0 reserved"):
+            sequence.advance(1, range(1))
+        sequence.reserve(1, range(1))
+        with pytest.raises(PageError, match="3 tokens appended to some layers, 2 reserved"):
+            sequence.advance(3, range(1))
+
+    @pytest.mark.parametrize("layers", [range(3), range(-1, 1), range(0), range(0, 2, 2)])
+    def test_layers_are_a_run_of_the_models(self, layers: range) -> None:
+        with pytest.raises(ValueError, match=r"consecutive within 0 \.\. 1"):
+            make_cache().new_sequence().reserve(1, layers)
+
+    def test_nothing_changes_when_pages_are_short(self) -> None:
+        cache = make_cache(capacity=3_000)
+        sequence = grown(cache, 8)
+        before = (cache.bytes_in_use, sequence.page_counts.tolist(), sequence.room)
+        with pytest.raises(OutOfPages):
+            sequence.reserve(40, range(1))
+        assert (cache.bytes_in_use, sequence.page_counts.tolist(), sequence.room) == before
+
+
+class TestRetract:
+    @pytest.mark.parametrize(
+        ("n", "kept"), [(5, [0, 2, 4]), (5, []), (5, [0, 1]), (5, [4]), (0, []), (3, [0, 1, 2])]
+    )
+    def test_the_last_tokens_are_thinned_in_every_row(self, n: int, kept: list[int]) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 20)
+        sequence.keep(0, [np.arange(20), np.arange(9, 20)])
+        sequence.retract(n, kept)
+        last = [20 - n + i for i in kept]
+        assert serials(sequence, 0, 0) == serials(sequence, 1, 0) == [*range(20 - n), *last]
+        assert serials(sequence, 0, 1) == [*range(9, 20 - n), *last]
+        assert sequence.positions(0, 1).tolist() == [*range(9, 20 - n), *last]
+        assert sequence.next_position == 20 - n + len(kept)
+        used = -(-sequence.lengths // 4)
+        assert sequence.page_counts.tolist() == used.tolist()
+        assert cache.bytes_in_use == sequence.bytes
+        tokens.grow(sequence, [77])
+        assert serials(sequence, 0, 1) == [*range(9, 20 - n), *last, 77]
+
+    def test_a_fork_keeps_what_the_other_retracts(self) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 10)
+        branch = sequence.fork()
+        branch.retract(4, [1, 3])
+        assert serials(branch, 0, 0) == [*range(6), 7, 9]
+        assert serials(sequence, 0, 0) == list(range(10))
+        assert cache.bytes_in_use == sequence.bytes + 2 * 320 + 256
+
+    def test_copies_are_all_or_nothing(self) -> None:
+        cache = make_cache(capacity=6_000)
+        sequence = grown(cache, 10)
+        branch = sequence.fork()
+        cache.device_tier.allocate(np.zeros(cache.pools[0].free_pages, dtype=np.int32))
+        before = (cache.bytes_in_use, branch.tables.tolist(), branch.lengths.tolist())
+        with pytest.raises(OutOfPages):
+            branch.retract(4, [1, 3])
+        assert before == (cache.bytes_in_use, branch.tables.tolist(), branch.lengths.tolist())
+        assert branch.next_position == 10
+        branch.retract(4, [])  # nothing is moved, so nothing is copied
+        assert serials(branch, 1, 0) == list(range(6))
+
+    def test_impossible_retractions_change_nothing(self) -> None:
+        sequence = grown(make_cache(), 6)
+        for n, kept in ((7, [0]), (3, [3]), (3, [1, 0])):
+            with pytest.raises(ValueError, match=r"retracted|ascend"):
+                sequence.retract(n, kept)
+        assert serials(sequence, 0, 0) == list(range(6))
+        assert sequence.next_position == 6
+
+
+class TestDropFront:
+    def test_heads_lose_different_numbers_of_leading_pages(self) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 14)
+        sequence.drop_front(0, np.array([2, 0], dtype=np.int32))
+        assert serials(sequence, 0, 0) == list(range(8, 14))
+        assert serials(sequence, 0, 1) == serials(sequence, 1, 0) == list(range(14))
+        assert cache.bytes_in_use == sequence.bytes == (2 + 4) * 320 + 4 * 256
+        tokens.grow(sequence, range(14, 20))
+        assert serials(sequence, 0, 0) == list(range(8, 20))
+
+    def test_a_fork_keeps_what_the_other_drops(self) -> None:
+        cache = make_cache()
+        sequence = grown(cache, 14)
+        branch = sequence.fork()
+        branch.drop_front(0, np.array([3, 1], dtype=np.int32))
+        assert serials(branch, 0, 1) == list(range(4, 14))
+        assert serials(sequence, 0, 1) == list(range(14))
+        assert cache.bytes_in_use == sequence.bytes
+
+    def test_only_full_pages_are_dropped(self) -> None:
+        sequence = grown(make_cache(), 14)
+        with pytest.raises(PageError, match=r"\[4, 0\] pages to drop of \[3, 3\] full ones"):
+            sequence.drop_front(0, np.array([4, 0], dtype=np.int32))
+        assert serials(sequence, 0, 0) == list(range(14))

@@ -1,11 +1,11 @@
 """The KV cache: pages of single heads, and everything that moves them.
 
-A *page* holds `page_size` tokens of one KV head of one layer (`format.py`). All pages lie in one
-`Arena`; a `PagePool` per page format hands them out, counts references and bytes. A
-`SequenceCache` has, for every *row* (one KV head of one layer), a page table, a length and the
-absolute position of each cached token, so heads and layers may differ in length. `PagedCache`
-owns the memory and makes sequences; `BatchView` gathers the tables of one step's batch for the
-attention callback.
+A *page* holds `page_size` tokens of one KV head of one layer, field after field (`format.py`). A
+`Tier` is one memory with its pages of all formats: an `Arena` of bytes, and a `PagePool` per
+format that hands pages out, counts references and bytes. `PagedCache` owns the device's tier and
+the host's, and makes sequences. A `SequenceCache` has, for every *row* (one KV head of one layer),
+a page table and a length, so heads and layers may differ in length; positions lie in the pages.
+`BatchView` gathers the tables of one step's batch for the attention callback.
 
 The life of a step, for every sequence of a batch:
 
@@ -16,8 +16,21 @@ The life of a step, for every sequence of a batch:
     sequence.advance(n)                   # count them
     sequence.trim()                       # drop what fell out of a window
 
-Between steps `keep` evicts, `fork` shares, `swap_out` and `swap_in` move a sequence to host
-memory and back, and `free` ends it. None of them decides anything: that is for their callers.
+`reserve` and `advance` take a range of layers where tokens pass through some layers only.
+
+Between steps `keep` evicts, `retract` takes back rejected drafts, `fork` shares, `swap_out` and
+`swap_in` move a sequence to host memory and back, and `free` ends it. `keys_values`,
+`positions_of` and `write` read and overwrite cached tokens. Three places hold what a method adds:
+
+- *side columns*, fields of the live pages with a row per token (`column`, `set_column`,
+  `accumulate`): they are kept, shared and swapped with their tokens, and zero for new ones;
+- *summaries*, fields of the live pages with rows per page (`summaries`, `set_summaries`): they go
+  with their page, and `keep` and `retract` return the first page whose tokens changed;
+- *stores* (`add_store`, `put`, `stored`, `store_pages`): pages beside the live ones, of any format,
+  on the device or in host memory, written once and shared between layers and forks by reference.
+
+None of these decides anything: that is for their callers. Writing to a page that is shared with a
+fork copies it first.
 
 `OutOfPages` and `OutOfSwap` tell a scheduler to make room; `PageError` is a bug in the caller.
 """
@@ -29,6 +42,8 @@ from tamis.cache.layout import CacheLayout, LayerShape
 from tamis.cache.paged import PagedCache
 from tamis.cache.pool import OutOfPages, PageError, PagePool
 from tamis.cache.sequence import OutOfSwap, SequenceCache
+from tamis.cache.store import Store
+from tamis.cache.tier import Tier
 
 __all__ = [
     "Arena",
@@ -44,4 +59,6 @@ __all__ = [
     "PagedCache",
     "PagedKV",
     "SequenceCache",
+    "Store",
+    "Tier",
 ]

@@ -60,7 +60,7 @@ def plan_compaction(lengths: IntArray, indices: Sequence[IntArray], page_size: i
     # Ascending indices equal their targets up to some token and exceed them from there on.
     unmoved = np.bincount(head[source == target], minlength=kept.size).astype(np.int32)
     first_page = np.where(unmoved < kept, unmoved // page_size, -(-kept // page_size))
-    moves = target >= first_page[head] * page_size
+    moves = source != target
     changed = _first_changed(lengths, kept, first_page, page_size)
     return Compaction(kept, first_page, head[moves], source[moves], target[moves], changed)
 

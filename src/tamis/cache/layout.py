@@ -15,7 +15,7 @@ from tamis.errors import ConfigError
 _BLOCK_BYTES = 1 << 20
 _MIN_BLOCKS = 64
 _SMALL_BLOCK_PAGES = 4
-_FEWEST_BLOCKS = 16
+_FEWEST_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,16 @@ class CacheLayout:
                 raise ConfigError(f"a layer's window is {layer.window}; it must be at least 1")
 
     def with_columns(self, columns: tuple[Field, ...]) -> CacheLayout:
-        """The same rows with other side columns.
+        """The same rows with other side columns."""
+        return replace(self, columns=columns)
+
+    @cached_property
+    def formats(self) -> tuple[PageFormat, ...]:
+        """The distinct page formats.
 
         Raises:
             ConfigError: two columns have one name, or that of a field which every page has.
         """
-        layout = replace(self, columns=columns)
-        layout.formats  # noqa: B018 - made, and thereby checked, where the caller can still act
-        return layout
-
-    @cached_property
-    def formats(self) -> tuple[PageFormat, ...]:
-        """The distinct page formats."""
         return tuple(dict.fromkeys(self._format(layer) for layer in self.layers))
 
     @cached_property
@@ -176,7 +174,10 @@ class CacheLayout:
                 f"a page of {page_bytes} bytes is larger than any block of memory can be "
                 f"({_BLOCK_BYTES} bytes); choose a smaller page_size"
             )
-        return 0 if block_bytes <= self._plain_page_bytes else block_bytes * _MIN_BLOCKS
+        if block_bytes <= self._plain_page_bytes:
+            return 0
+        roomy = block_bytes <= _SMALL_BLOCK_PAGES * self._plain_page_bytes
+        return block_bytes * (_FEWEST_BLOCKS if roomy else _MIN_BLOCKS)
 
     def blocks(self, block_bytes: int, pages: IntArray) -> int:
         """Blocks of an empty arena that so many pages of each format, int32 [formats], take."""

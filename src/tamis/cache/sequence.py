@@ -157,17 +157,23 @@ class SequenceCache(LivePages):
             return
         rows = self.layout.window_rows
         drop = np.maximum(self.lengths[rows] - self.layout.windows + 1, 0) // self.layout.page_size
-        rows, drop = rows[drop > 0], drop[drop > 0]
-        width = int(self.page_counts[rows].max())
-        old = self.tables[rows, :width]
-        columns = np.arange(width, dtype=np.int32)
-        gone_row, gone_column = np.nonzero(columns < drop[:, None])
-        self.tier.release(old[gone_row, gone_column], self.row_pools[rows[gone_row]])
-        left = np.minimum(columns + drop[:, None], width - 1)
-        self.tables[rows, :width] = np.take_along_axis(old, left, axis=1)
-        self.page_counts[rows] -= drop
-        self.lengths[rows] -= drop * self.layout.page_size
-        self._settle()
+        self._drop_front(rows, drop)
+
+    def drop_front(self, layer: int, pages: IntArray) -> None:
+        """Free leading pages of each KV head of a layer, with the tokens in them.
+
+        Args:
+            layer: the layer.
+            pages: how many, at most the full pages of each head, int32 [kv_heads].
+
+        Raises:
+            PageError: a head has fewer full pages; nothing was changed.
+        """
+        rows = self._rows_of(layer)
+        full = self.lengths[rows] // self.layout.page_size
+        if (pages > full).any():
+            raise PageError(f"{pages.tolist()} pages to drop of {full.tolist()} full ones")
+        self._drop_front(np.arange(rows.start, rows.stop, dtype=np.int32), pages)
 
     def keep(self, layer: int, indices: Sequence[IntArray]) -> IntArray:
         """Keep some tokens of each KV head of a layer, and free the pages that this leaves empty.
@@ -363,16 +369,22 @@ class SequenceCache(LivePages):
         return store.lengths[store.rows(layer)].copy()
 
     def stored(
-        self, name: str, layer: int, first_page: int = 0, last_page: int | None = None
+        self,
+        name: str,
+        layer: int,
+        first_page: int = 0,
+        last_page: int | None = None,
+        fields: Sequence[str] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """A copy of pages first_page .. last_page - 1 (None: to the end) of a store.
+        """A copy of some fields (None: all) of pages first_page .. last_page - 1 (None: to the
+        end) of a store.
 
         Returns:
-            Every field, in the memory of the store's tier: [kv_heads, tokens, width] where it has
-            a row per token, [kv_heads, pages, rows, width] where it has rows per page. Both end
-            with the longest head; what shorter heads lack is zero.
+            The fields by name, in the memory of the store's tier: [kv_heads, tokens, width] where
+            a field has a row per token, [kv_heads, pages, rows, width] where it has rows per page.
+            Both end with the longest head; what shorter heads lack is zero.
         """
-        return self._store(name).read(layer, first_page, last_page)
+        return self._store(name).read(layer, first_page, last_page, fields)
 
     def store_pages(self, name: str, layer: int) -> PagedKV:
         """A store's pages of one layer as attention kernels read them, on the device (n = 1).
@@ -410,6 +422,22 @@ class SequenceCache(LivePages):
         if n > room or self._absent is not None:
             raise PageError(f"{n} tokens appended to some layers, {room} reserved")
         self.lengths[span] += n
+        self._settle()
+
+    def _drop_front(self, rows: IntArray, drop: IntArray) -> None:
+        """Free the first drop[i] pages, which are full, of rows[i]."""
+        rows, drop = rows[drop > 0], drop[drop > 0].astype(np.int32)
+        if not rows.size:
+            return
+        width = int(self.page_counts[rows].max())
+        old = self.tables[rows, :width]
+        columns = np.arange(width, dtype=np.int32)
+        gone_row, gone_column = np.nonzero(columns < drop[:, None])
+        self.tier.release(old[gone_row, gone_column], self.row_pools[rows[gone_row]])
+        left = np.minimum(columns + drop[:, None], width - 1)
+        self.tables[rows, :width] = np.take_along_axis(old, left, axis=1)
+        self.page_counts[rows] -= drop
+        self.lengths[rows] -= drop * self.layout.page_size
         self._settle()
 
     def _compact(self, rows: slice, plan: Compaction) -> IntArray:

@@ -88,7 +88,9 @@ class Store(PageTables):
         pool.retain(np.tile(ids, len(rows) - 1))
         self.bytes += ids.size * pool.page_bytes
 
-    def read(self, layer: int, first: int, last: int | None) -> dict[str, torch.Tensor]:
+    def read(
+        self, layer: int, first: int, last: int | None, fields: Sequence[str] | None
+    ) -> dict[str, torch.Tensor]:
         """A copy of the pages' fields; see `SequenceCache.stored`."""
         rows = self.rows(layer)
         format, longest = self.formats[layer], int(self.lengths[rows].max())
@@ -101,6 +103,7 @@ class Store(PageTables):
             if field.rows is None
             else self.read_pages(rows, field.name, first, last)
             for field in format.fields
+            if fields is None or field.name in fields
         }
 
     def pages(self, layer: int, device: torch.device) -> PagedKV:
