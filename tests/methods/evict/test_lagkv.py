@@ -103,13 +103,14 @@ def test_sinks_last_partition_and_remainder_stay_whatever_the_budget() -> None:
     assert kept_positions(view, decide(LagKV(sinks=3, lag=8), view, 1)) == [stay, stay]
 
 
-def test_heads_that_lack_tokens_lose_none_of_incomplete_partitions() -> None:
-    view = random_layer(8, dropped=(0, 20))
-    kept = decide(LagKV(sinks=0, lag=5), view, 12)
-    assert kept[0].sum() == 12
-    part = (view.positions[1, :20] // 5).tolist()
-    stays = [not (part.count(p) == part.count(p + 1) == 5) for p in part]
-    assert kept[1, :20][torch.tensor(stays)].all()
+def test_a_partition_waits_for_the_whole_of_itself_and_its_successor() -> None:
+    view = random_layer(8, 20, dropped=(0, 2))
+    full, lacking = list(range(20)), [i for i in range(20) if i not in (9, 13)]
+    view.positions = torch.tensor([full, [*lacking, -1, -1]])
+    kept = kept_positions(view, decide(LagKV(sinks=0, lag=4), view, 8))
+    assert [len(kept[0]), kept[0][-4:]] == [8, [16, 17, 18, 19]]
+    assert len(kept[1]) == 18 - 3, "only its first partition is whole and has a whole successor"
+    assert set(kept[1]) >= set(lacking[4:])
 
 
 def test_constant_keys_and_values_give_finite_scores() -> None:

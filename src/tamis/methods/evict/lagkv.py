@@ -64,11 +64,10 @@ class LagKV(Evict):
         """Scores within whole partitions that have whole successors; +inf for all other tokens."""
         head, own, following = self._partitions(view)
         scores = view.positions.new_full(view.positions.shape, torch.inf, dtype=torch.float32)
-        if len(head) > 0:
-            scores[head, own] = sum(
-                _unevenness(x[head, own].float(), x[head, following].float())
-                for x in view.keys_values()
-            )
+        scores[head, own] = sum(
+            _unevenness(x[head, own].float(), x[head, following].float())
+            for x in view.keys_values()
+        )
         return scores
 
     def keep(self, view: LayerView, scores: Tensor, budget: Tensor) -> Tensor:
@@ -107,5 +106,9 @@ class LagKV(Evict):
 def _unevenness(x: Tensor, following: Tensor) -> Tensor:
     """Softmax over tokens of the deviation over channels, [m, lag], of x [m, lag, dim] within the
     range of `following`, shaped alike."""
-    low, high = following.aminmax(dim=1, keepdim=True)
-    return ((x - low) / (high - low).clamp_min(1e-6)).std(-1).softmax(-1)
+    low, high = following.amin(1, keepdim=True), following.amax(1, keepdim=True)
+    normalized = (x - low) / (high - low).clamp_min(1e-6)
+    centred = normalized - normalized.mean(-1, keepdim=True)
+    # what .std(-1) gives, which takes three times as long on a CPU
+    deviation = (centred.square().sum(-1) / (x.shape[-1] - 1)).sqrt()
+    return deviation.softmax(-1)
