@@ -1,4 +1,4 @@
-"""A chunk's view from explicit tensors, by the definitions of `ChunkView`: full softmax, no pages."""
+"""A chunk's view from explicit tensors, by the definitions of `ChunkView`: no pages."""
 
 from __future__ import annotations
 
