@@ -39,7 +39,7 @@ def quantize(x: Tensor, dim: int, bits: int, dtype: torch.dtype) -> tuple[Tensor
     zero = _rounded(x.amin(dim, keepdim=True), dtype, down=True)
     span = x.amax(dim, keepdim=True) - zero.float()
     scale = _rounded(span / levels, dtype, down=False)
-    # A constant group has scale 0: any divisor gives code 0, its exact value.
+    # A constant group has scale 0: any divisor gives code 0, its exact value; 0 / 0 has no code.
     divisor = scale.float().where(scale > 0, 1.0)
     codes = ((x - zero.float()) / divisor).round().clamp(0, levels)
     return codes.to(torch.uint8), scale, zero
