@@ -136,11 +136,51 @@ def duoattention(
         raise typer.Exit(INTERRUPTED)
 
 
+def minference(
+    model: options.Model,
+    out: Out = None,
+    length: Annotated[
+        int, typer.Option(metavar="N", min=256, help="Tokens of the document that is read.")
+    ] = 8192,
+    keys: Annotated[
+        int, typer.Option(metavar="N", min=64, help="Keys that a query may read on average.")
+    ] = 1024,
+    text: Text = None,
+    seed: Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: Device = "auto",
+    debug: options.Debug = False,
+) -> None:
+    """Find for every head which sparse pattern changes its output least, for MInference.
+
+    Example: tamis train minference --model DIR --length 16384 --keys 2048
+    """
+    terminal.quiet_logs(debug)
+    from tamis.train.methods import minference as method
+    from tamis.train.methods.documents import conversations
+
+    loaded, folder = _loaded(model, out, dtype, device)
+    ids, _ = next(conversations(loaded, length, haystack=text, seed=seed))
+    found = method.fit(
+        loaded, ids, keys=keys, report=lambda layer: terminal.say(f"searched layer {layer}")
+    )
+    for index, layer in enumerate(loaded.layers):
+        if layer.window is None:
+            for head in range(layer.q_heads):
+                name = method.NAMES[int(found.kind[index, head])]
+                sizes = " ".join(map(str, found.size[index, head].tolist()))
+                error = f"error {float(found.error[index, head]):.4f}"
+                typer.echo(f"layer {index:>3}  head {head:>3}  {name:14}  {sizes:12}  {error}")
+    setting = {"length": length, "keys": keys, "haystack": text, "seed": seed}
+    _save({"kind": found.kind, "size": found.size}, folder, "minference", setting)
+
+
 def _loaded(name: str, out: Path | None, dtype: str, device: str) -> tuple[Model, Path]:
-    """The model, and the folder that fitted files go to.
+    """The model, and the folder that fitted files go to, which is there then.
 
     Raises:
-        ConfigError: the folder is not given, and the model has none of its own.
+        ConfigError: the folder is not given, and the model has none of its own; or it cannot be
+            made.
     """
     from tamis.model import load_model
     from tamis.shipped import locate
@@ -151,7 +191,10 @@ def _loaded(name: str, out: Path | None, dtype: str, device: str) -> tuple[Model
             f"{name} is not a directory, so there is no folder beside it for what is fitted; "
             "give --out DIR"
         )
-    return load_model(name, dtype, device), out or directory / "tamis"
+    folder = out or directory / "tamis"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return load_model(name, dtype, device), folder
 
 
 def _show(model: Model, found: dict[str, Tensor]) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tamis.bench.tasks.samples import Sample, Suite, make_samples
 from tamis.errors import ModelError
 from tamis.model import Model
 from tamis.train.methods.differentiable import causal_attention
+from tamis.train.methods.documents import conversations
 from tamis.train.methods.save import stacked
 
-_SAMPLES = 8  # documents that are composed at once
 _RAMP = 0.2  # share of the training in which the rate rises, and in which it falls
 _LOW = 0.1  # where it begins and ends
 
@@ -125,18 +123,23 @@ def fit(
         report: called after each step.
 
     Raises:
-        ModelError: the model has no tokenizer.
-        ConfigError: `haystack` cannot be read, or `length` is too short for the facts.
+        ModelError: the model has no tokenizer, or no layer without a sliding window.
+        ConfigError: `haystack` cannot be read, or `length` does not suit the facts or the model.
     """
     gates = [
         torch.ones(layer.kv_heads, device=model.device, requires_grad=layer.window is None)
         for layer in model.layers
     ]
     learned = [gate for gate in gates if gate.requires_grad]
+    if not learned:
+        raise ModelError(
+            f"all layers of {model.name} have a sliding window; no gate is to be learned"
+        )
+    documents = conversations(model, setting.length, haystack=setting.haystack, seed=setting.seed)
     optimizer = torch.optim.Adam(learned, lr=setting.rate)
     began, step, progress, finished = time.monotonic(), 0, 0.0, False
     try:
-        for ids, asked in conversations(model, setting):
+        for ids, asked in documents:
             for group in optimizer.param_groups:
                 group["lr"] = setting.rate * _ramp(progress)
             distance = _distance(model, gates, ids, asked, setting)
@@ -160,32 +163,6 @@ def fit(
     except KeyboardInterrupt:
         pass
     return Gates(stacked([gate.detach() for gate in gates]), step, finished)
-
-
-def conversations(model: Model, setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
-    """Documents with questions and answers, without end: token ids int64 [tokens], and the places
-    from which the answers' tokens are predicted, int64 [m]."""
-    if model.tokenizer is None:
-        raise ModelError(f"{model.name} has no tokenizer, and documents must be made for it")
-    suite = Suite("multi_turn", setting.length, _SAMPLES, haystack=setting.haystack)
-    for batch in count():
-        seeded = replace(suite, seed=setting.seed + batch)
-        for sample in make_samples(seeded, model.tokenizer, context=model.max_length):
-            ids, places = _conversation(sample, model)
-            yield torch.tensor(ids, device=model.device), torch.tensor(places, device=model.device)
-
-
-def _conversation(sample: Sample, model: Model) -> tuple[list[int], list[int]]:
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    ids: list[int] = list(tokenizer.encode(sample.document))
-    places: list[int] = []
-    for question in sample.questions:
-        ids += tokenizer.encode(question.prompt, add_special_tokens=False)
-        answer = tokenizer.encode(question.answer + "\n", add_special_tokens=False)
-        places += range(len(ids) - 1, len(ids) - 1 + len(answer))
-        ids += answer
-    return ids, places
 
 
 def _distance(
