@@ -83,6 +83,7 @@ class TestColumns:
 
     def test_what_is_written_beyond_a_heads_length_is_ignored(self) -> None:
         sequence = uneven(make_cache())
+        sequence.reserve(1)  # so that nothing is cleared on the way to the next token
         sequence.set_column(0, "code", codes(10))
         expected = codes(10)
         expected[1, 2:] = 0
@@ -339,6 +340,16 @@ class TestSharedPages:
             assert cache.bytes_in_use == sequence.bytes + 4 * (320 + COLUMN_BYTES)
         branch.free()
         assert cache.bytes_in_use == sequence.bytes
+
+    def test_other_layers_stay_shared_and_protected(
+        self, write: Callable[[SequenceCache], object]
+    ) -> None:
+        sequence = grown(make_cache(), 6)
+        branch = sequence.fork()
+        write(branch)
+        assert branch.tables[2, :2].tolist() == sequence.tables[2, :2].tolist()
+        branch.accumulate(1, "score", torch.ones(1, 6))
+        assert not sequence.column(1, "score").any()
 
     def test_copies_that_do_not_fit_change_nothing(
         self, write: Callable[[SequenceCache], object]
