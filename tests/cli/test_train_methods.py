@@ -53,6 +53,7 @@ def test_razorattention_writes_scores_of_every_head(fit: Fit, model: Path) -> No
         assert opened.metadata() == {"tokens": "20", "repeats": "3", "seed": "0"}
 
 
+@pytest.mark.slow
 def test_duoattention_writes_gates_where_it_is_told(fit: Fit, model: Path, tmp_path: Path) -> None:
     short = ("--length", 700, "--steps", 1, "--recent", 16, "--dtype", "fp32")
 
@@ -77,6 +78,7 @@ def test_an_interrupted_fit_is_saved_and_says_so(
     assert (tmp_path / "duoattention.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_minference_writes_a_pattern_for_every_head(fit: Fit, model: Path) -> None:
     options = ("--length", 700, "--keys", 150, "--dtype", "fp32")
 

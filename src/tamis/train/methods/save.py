@@ -16,7 +16,8 @@ def save(
 ) -> Path:
     """Write `<folder>/<method>.safetensors`, whole or not at all; returns it.
 
-    `folder` is made if it is not there. `setting` is what the tensors were fitted with; it goes into the file's metadata.
+    `folder` is made if it is not there. `setting` is what the tensors were fitted with; it goes
+    into the file's metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{method}.safetensors"
