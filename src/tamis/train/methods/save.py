@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 
@@ -23,7 +23,8 @@ def save(
     path = folder / f"{method}.safetensors"
     partial = path.with_suffix(".partial")
     metadata = {name: str(value) for name, value in setting.items()}
-    save_file({name: one.contiguous().cpu() for name, one in tensors.items()}, partial, metadata)
+    plain = {name: one.contiguous().cpu() for name, one in tensors.items()}
+    partial.write_bytes(to_bytes(plain, metadata))  # `save_file` would hide it from other users
     os.replace(partial, path)
     return path
 
