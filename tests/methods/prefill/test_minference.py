@@ -100,6 +100,17 @@ def test_a_head_with_a_size_of_all_its_keys_computes_everything(
     assert head_patterns(view, kinds[:1].expand(4), sizes[:1].expand(4, 2), block=BLOCK) is None
 
 
+def test_lines_that_heads_always_have_are_no_more_than_there_are_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patterns, "LEAST_VERTICALS", 30)
+    view = random_chunk(0, 6, (0, 20), group=1)
+    kind = torch.tensor([VERTICAL_SLASH, VERTICAL_SLASH])
+    pattern = head_patterns(view, kind, torch.tensor([[2, 2], [2, 2]]), block=BLOCK)
+    assert pattern is not None
+    assert pattern.columns.tolist() == [*range(6), *range(26)]
+
+
 def test_without_a_file_every_head_is_vertical_slash() -> None:
     view = random_chunk(3, 24, (6, 6))
     method = MInference(verticals=2, slashes=4, last_q=LAST_Q, block=BLOCK)

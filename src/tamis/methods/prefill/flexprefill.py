@@ -98,7 +98,7 @@ class FlexPrefill(Prefill):
             chosen.append(best)
         offsets = torch.zeros_like(diagonals, dtype=torch.bool)
         offsets[:, :: self.block] = chosen[1]
-        return (chosen[0][:, None] & grid.visible) | grid.crossed(offsets) | grid.diagonal
+        return (chosen[0][:, None] & grid.visible) | grid.crossed(offsets)
 
 
 def distance(p: Tensor, q: Tensor) -> Tensor:

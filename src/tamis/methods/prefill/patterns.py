@@ -57,7 +57,7 @@ def head_patterns(
 def a_shape(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
     """First keys as columns, bool [q_heads, keys], and sliding windows, int32 [q_heads]."""
     key = torch.arange(int(grid.keys.max()), device=size.device)
-    return key < torch.minimum(size[:, 0], grid.keys)[:, None], size[:, 1].int()
+    return key < size[:, :1], size[:, 1].int()
 
 
 def vertical_slash(view: ChunkView, grid: Grid, size: Tensor, last_q: int) -> tuple[Tensor, Tensor]:
