@@ -23,27 +23,29 @@ def implementation(request: pytest.FixtureRequest) -> Prefill:
 
 
 def random_pattern(q_heads: int, tokens: int, keys: int, block: int, alike: int) -> SparsePattern:
-    """Random blocks, columns, windows and full heads; the lists of `alike` heads on end are equal.
+    """Random blocks, columns, windows and full heads.
 
-    Some query blocks list nothing and some share their neighbour's list, some blocks and columns
-    lie after every query, and adjacent heads may be equal.
+    Heads on end, `alike` of them, share most of their lists, and so do some adjacent query blocks;
+    some blocks list nothing, and some keys that are listed lie after every query.
     """
     q_blocks, key_blocks = -(-tokens // block), -(-keys // block) + 1
     source = torch.arange(q_heads) // alike
     mask = torch.rand(q_heads, q_blocks, key_blocks) < torch.rand(q_heads, q_blocks, 1)
+    mask = torch.where(torch.rand(q_heads, q_blocks, 1) < 0.3, mask, mask[source])
     mask[:, torch.rand(q_blocks) < 0.2] = False
-    again = torch.rand(q_blocks) < 0.4
-    again[0] = False
-    mask[:, again] = mask[:, again.nonzero()[:, 0] - 1]
-    count = torch.randint(0, 30, (q_heads,))
-    columns = [torch.randperm(keys + 9)[:most] for most in count.tolist()]
+    again = (torch.rand(q_blocks - 1) < 0.4).nonzero()[:, 0]
+    mask[:, again + 1] = mask[:, again]
+    counts = torch.randint(0, 30, (q_heads,)).tolist()
+    columns = [torch.randperm(keys + 9)[:count] for count in counts]
     windows = torch.randint(0, keys, (q_heads,)) * (torch.rand(q_heads) < 0.5)
+    full = torch.rand(q_heads) < 0.15
+    sources = torch.where(torch.rand(3, q_heads) < 0.2, torch.arange(q_heads), source)
     return SparsePattern.from_blocks(
-        mask[source],
-        [columns[head] for head in source.tolist()],
+        mask,
+        [columns[head] for head in sources[0].tolist()],
         block=block,
-        window=windows.int()[source],
-        full=(torch.rand(q_heads) < 0.15)[source],
+        window=windows[sources[1]].int(),
+        full=full[sources[2]],
     )
 
 
@@ -161,21 +163,27 @@ def test_a_query_that_sees_nothing_gives_zero(implementation: Prefill, chunk: tu
     torch.testing.assert_close(lse, sinks.expand(600, 4))
 
 
-@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("isa", naive.BACKENDS[1:])
 @pytest.mark.parametrize("dtype", naive.TOLERANCE)
-def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+def test_native_bits_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None:
     """Another number of threads also makes other tiles of queries."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(500, heads, 40).to(dtype) for heads in (6, 2, 2))
-    options = {"scale": 0.2, "positions": torch.arange(500), "backend": "native"}
-    options["pattern"] = random_pattern(6, 500, 500, 64, 1)
-    options["pattern"].window[:] = torch.tensor([150, 150, 0, 40, 200, 1])
+    blocks = (torch.rand(2, 8, 8) < 0.3).repeat_interleave(3, 0)
+    columns = [torch.tensor([3, 99])] * 6
+    windows = torch.tensor([170, 170, 170, 60, 60, 300]).int()
+    options = {
+        "scale": 0.2,
+        "positions": torch.arange(500),
+        "pattern": SparsePattern.from_blocks(blocks, columns, window=windows),
+    }
+    run = naive.implementation("prefill", isa)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = prefill(q, k, v, None, **options)
-        torch.set_num_threads(7)
-        together = prefill(q, k, v, None, **options)
+        alone = run(q, k, v, None, **options)
+        torch.set_num_threads(16)
+        together = run(q, k, v, None, **options)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
