@@ -55,6 +55,8 @@ class LLM:
         preemption: what becomes of a request's pages when they are needed by an older request:
             "recompute" (forget them) or "swap" (move them to host memory).
         swap_memory: host memory for "swap"; by default as much as `kv_memory`.
+        host_memory: host memory for plans that place pages there; by default as much as
+            `kv_memory`. The system commits it only when it is used.
         trust_remote_code: whether a model directory may bring its own code.
 
     Raises:
@@ -76,6 +78,7 @@ class LLM:
         max_running: int = 256,
         preemption: Preemption = "recompute",
         swap_memory: str | int | None = None,
+        host_memory: str | int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.plan = Plan.parse(plan)
@@ -102,6 +105,7 @@ class LLM:
             max_running=max_running,
             preemption=preemption,
             swap_bytes=swap_bytes,
+            host_bytes=kv_bytes if host_memory is None else parse_bytes(host_memory),
         )
         self._inboxes: dict[str, list[Increment]] = {}
 

@@ -1,47 +1,305 @@
 """Plans: which methods act on a request's KV cache.
 
-A plan is a composition of methods, written the same way in Python and as a string. The empty plan
-is `"dense"`: exact attention over every token.
+A plan is a composition of methods, at most one per stage, written the same way in Python and as a
+string: `SnapKV(budget=0.1) + KIVI(bits=2)` and `"snapkv(budget=0.1) + kivi(bits=2)"`. The empty
+plan is `"dense"`: exact attention over every token. A plan that cannot work is refused here, when
+it is made, not when it runs.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import combinations
+from typing import Any, TypeVar, cast
 
 from tamis.errors import PlanError
+from tamis.methods.base import (
+    STAGES,
+    Budget,
+    Codec,
+    Draft,
+    Evict,
+    Heads,
+    Merge,
+    Method,
+    Place,
+    Prefill,
+    Select,
+    Share,
+    Tokens,
+)
+from tamis.methods.registry import method_class
+from tamis.methods.views import Needs
 
-_TERM = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]*)\s*(\(.*\))?\s*", re.DOTALL)
-_KNOWN = ("dense",)
+DENSE = "dense"
+"""The empty plan: exact attention."""
+
+_M = TypeVar("_M", bound=Method)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request's plan. This version runs exact attention only, so every plan is `"dense"`."""
+    """A request's plan.
 
-    @classmethod
-    def parse(cls, plan: str | Plan | None) -> Plan:
-        """The plan that a string names; a `Plan` is returned as it is, None is `"dense"`.
+    Attributes:
+        methods: in the order of the stages.
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Order the methods and check that they compose.
 
         Raises:
-            PlanError: the string names an unknown method or is not a plan at all.
+            PlanError: two methods of one stage, a method without the one it acts on, or two that
+                cannot be composed.
         """
-        if plan is None or isinstance(plan, Plan):
-            return plan or cls()
+        ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
+        object.__setattr__(self, "methods", tuple(ordered))
+        for first, second in combinations(ordered, 2):
+            reason = _why_not(first, second)
+            if reason is not None:
+                raise PlanError(
+                    f"{first.method_name()} and {second.method_name()} cannot be composed: {reason}"
+                )
+        if self.budget is not None and self.evict is None:
+            raise PlanError(
+                f"{self.budget.method_name()} shares a budget out among layers or heads, so the "
+                "plan needs a method that evicts, e.g. 'snapkv(budget=0.1)'"
+            )
+
+    @classmethod
+    def parse(cls, plan: str | Plan | Method | None) -> Plan:
+        """The plan that a string names; None and "dense" are exact attention.
+
+        Raises:
+            PlanError: the string is not a plan, names an unknown method or parameter, or what it
+                names cannot be composed.
+        """
+        if plan is None:
+            return cls()
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, Method):
+            return cls((plan,))
         if not isinstance(plan, str):
             raise PlanError(f"a plan is a string such as 'dense', not {type(plan).__name__}")
-        match = _TERM.fullmatch(plan)
-        if match is None:
-            raise PlanError(f"{plan!r} is not a plan; write 'dense'")
-        name, arguments = match.groups()
-        if name.lower() not in _KNOWN:
-            near = difflib.get_close_matches(name.lower(), _KNOWN, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"unknown method {name!r} in plan {plan!r}{hint} Known: dense")
-        if arguments is not None:
-            raise PlanError(f"'dense' takes no parameters, got {arguments}")
-        return cls()
+        return cls(tuple(_parse(plan)))
+
+    def __add__(self, other: Plan | Method | str) -> Plan:
+        return Plan(self.methods + Plan.parse(other).methods)
+
+    __radd__ = __add__
 
     def __str__(self) -> str:
-        return "dense"
+        return " + ".join(map(str, self.methods)) or DENSE
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is exact attention."""
+        return not self.methods
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the engine must gather for its methods."""
+        needs = Needs()
+        acting = [*self.methods, *([self.evict] if self.evict is not None else [])]
+        for method in acting:
+            needs = needs | method.needs()
+        return needs
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens leave the cache, so that what stays is not simply 0, 1, 2, ..."""
+        return bool(self.evict or self.heads or self.tokens)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether a request takes less memory on the device than all of its tokens would."""
+        return self.drops or bool(self.codec or self.share or self.place)
+
+    @property
+    def query_dependent(self) -> bool:
+        """Whether what stays in the cache depends on the prompt's question."""
+        return any(method.query_dependent for method in self.methods)
+
+    @cached_property
+    def evict(self) -> Evict | None:
+        """The eviction: the plan's own, else the one that its merging or pruning method brings."""
+        own = self._of(Evict)
+        if own is None and self.merge is not None:
+            return self.merge.eviction()
+        if own is None and self.tokens is not None:
+            return self.tokens.eviction()
+        return own
+
+    @cached_property
+    def prefill(self) -> Prefill | None:
+        return self._of(Prefill)
+
+    @cached_property
+    def tokens(self) -> Tokens | None:
+        return self._of(Tokens)
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        return self._of(Budget)
+
+    @cached_property
+    def merge(self) -> Merge | None:
+        return self._of(Merge)
+
+    @cached_property
+    def heads(self) -> Heads | None:
+        return self._of(Heads)
+
+    @cached_property
+    def codec(self) -> Codec | None:
+        return self._of(Codec)
+
+    @cached_property
+    def share(self) -> Share | None:
+        return self._of(Share)
+
+    @cached_property
+    def select(self) -> Select | None:
+        return self._of(Select)
+
+    @cached_property
+    def place(self) -> Place | None:
+        return self._of(Place)
+
+    @cached_property
+    def draft(self) -> Draft | None:
+        return self._of(Draft)
+
+    def _of(self, kind: type[_M]) -> _M | None:
+        """The plan's method of one stage."""
+        return next((method for method in self.methods if isinstance(method, kind)), None)
+
+
+def _parse(text: str) -> Iterable[Method]:
+    """The methods that a string names."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise PlanError(
+            f"{text!r} is not a plan; write e.g. 'snapkv(budget=0.1) + kivi(bits=2)'"
+        ) from error
+    terms: list[ast.expr] = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        terms.append(tree.right)
+        tree = tree.left
+    terms.append(tree)
+    if len(terms) == 1 and isinstance(tree, ast.Name) and tree.id.lower() == DENSE:
+        return []
+    return [_method(term, text) for term in reversed(terms)]
+
+
+def _method(term: ast.expr, text: str) -> Method:
+    """The method that one term of a plan names: `name` or `name(parameter=value, ...)`."""
+    call = term if isinstance(term, ast.Call) else None
+    name = call.func if call is not None else term
+    if not isinstance(name, ast.Name):
+        raise PlanError(f"{ast.unparse(term)!r} in the plan {text!r} is not a method")
+    if name.id.lower() == DENSE:
+        raise PlanError(f"'dense' is a whole plan and composes with nothing, got {text!r}")
+    kind = method_class(name.id)
+    known = [field.name for field in fields(kind)]
+    if call is not None and call.args:
+        raise PlanError(
+            f"{ast.unparse(term)!r}: name the parameters of {kind.method_name()} "
+            f"({', '.join(known) or 'it has none'})"
+        )
+    values: dict[str, Any] = {}
+    for keyword in call.keywords if call is not None else []:
+        if keyword.arg not in known:
+            near = difflib.get_close_matches(keyword.arg or "", known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PlanError(
+                f"{kind.method_name()} has no parameter {keyword.arg!r}{hint} "
+                f"It has: {', '.join(known) or 'none'}"
+            )
+        try:
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise PlanError(
+                f"{ast.unparse(term)!r}: {ast.unparse(keyword.value)!r} is not a number, True, "
+                "False or a quoted string"
+            ) from error
+    return kind(**values)
+
+
+def _why_not(first: Method, second: Method) -> str | None:
+    """Why two methods, in the order of their stages, cannot be composed; None if they can."""
+    if first.stage == second.stage:
+        return f"both decide the stage '{first.stage}', and a plan has one method per stage"
+    own = first.conflict(second) or second.conflict(first)
+    if own is not None:
+        return own
+    for (one, other), (applies, reason) in _RULES.items():
+        for a, b in ((first, second), (second, first)):
+            if a.stage == one and (other == "*" or b.stage in other.split()) and applies(a, b):
+                return reason.format(a=a.method_name(), b=b.method_name())
+    return None
+
+
+def _always(a: Method, b: Method) -> bool:
+    return True
+
+
+def _goes_on(a: Method, b: Method) -> bool:
+    """Whether the second evicts while tokens are generated."""
+    evict = b.eviction() if isinstance(b, Merge) else b
+    return isinstance(evict, Evict) and evict.interval is not None
+
+
+_Rule = tuple[Any, str]
+
+_RULES: dict[tuple[str, str], _Rule] = {
+    ("share", "tokens evict budget merge heads codec select place"): (
+        _always,
+        "{a} stores two layers' tokens together, so both must hold the same exact tokens, "
+        "which {b} does not leave them",
+    ),
+    ("place", "tokens evict budget merge heads codec select"): (
+        _always,
+        "{a} moves full pages to host memory as they fill, and {b} works on pages on the device",
+    ),
+    ("codec", "evict merge"): (
+        _goes_on,
+        "{b} goes on evicting single tokens while it generates, and a token cannot leave the "
+        "pages that {a} has encoded",
+    ),
+    ("codec", "select"): (
+        lambda a, b: cast(Select, b).reads_tokens,
+        "{b} reads single tokens, and what {a} has encoded is read by whole pages",
+    ),
+    ("select", "evict merge"): (
+        _goes_on,
+        "{b} judges tokens while it generates, and {a} does not read them all",
+    ),
+    ("draft", "evict merge"): (
+        _goes_on,
+        "{b} evicts with every generated token, and {a} generates several at once of which some "
+        "are taken back",
+    ),
+    ("draft", "heads select"): (
+        _always,
+        "{b} decides for one query at a time, and {a} verifies many at once",
+    ),
+    ("tokens", "evict merge budget heads codec select draft"): (
+        lambda a, b: cast(Tokens, a).steps,
+        "{a} brings tokens back into layers that had left them out, and {b} expects every token's "
+        "place in the cache to be settled",
+    ),
+    ("tokens", "evict merge budget heads"): (
+        lambda a, b: cast(Tokens, a).eviction() is not None,
+        "{a} decides itself what its layers keep",
+    ),
+}
+"""Pairs of stages that do not compose: when, and why."""

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tamis.attention import decode, prefill
-from tamis.cache import BatchView
+from tamis.attention.merge import merge_sinks, merge_states
+from tamis.attention.parts import KVPart, attend_parts
+from tamis.attention.pattern import SparsePattern, TokenList
+from tamis.attention.reference import gather, gather_kv
+from tamis.attention.reference import tiles as tile_spans
+from tamis.cache import BatchView, PagedKV
+from tamis.engine import stores
+from tamis.engine.lifecycle import Lifecycle
+from tamis.engine.patterns import streaming_pattern
+from tamis.engine.reads import narrowed
+from tamis.engine.trace import ReadStep
+from tamis.engine.views import DecodeQuery, LayerOptions, PromptChunk
+
+State = tuple[Tensor, Tensor]
+"""A partial attention: out [tokens, q_heads, v_dim] and lse [tokens, q_heads]."""
 
 
 class StepAttention:
@@ -15,32 +31,47 @@ class StepAttention:
 
     Args:
         view: the step's sequences and their pages.
-        counts: new tokens of each sequence; those with one token come first.
+        counts: new tokens of each sequence; those with one token come first, and among them those
+            whose plan reads all live pages and nothing else.
         positions: int32 [tokens], absolute position of each new token.
+        lives: each sequence's plan at work, None for exact attention.
+        trees: each sequence's draft tree, bool [count, count] which of its new tokens each sees;
+            None where each sees those before it.
     """
 
-    def __init__(self, view: BatchView, counts: Sequence[int], positions: torch.Tensor) -> None:
+    def __init__(
+        self,
+        view: BatchView,
+        counts: Sequence[int],
+        positions: Tensor,
+        lives: Sequence[Lifecycle | None],
+        trees: Sequence[Tensor | None],
+    ) -> None:
         self._view = view
         self._positions = positions
+        self._lives = lives
+        self._trees = trees
         self._n_decode = sum(count == 1 for count in counts)
-        self._chunks: list[tuple[int, int, int]] = []  # (sequence, first token, end)
-        end = self._n_decode
-        for i, count in enumerate(counts[self._n_decode :], self._n_decode):
-            self._chunks.append((i, end, end + count))
+        plain = [life is None or life.direct for life in lives[: self._n_decode]]
+        self._n_plain = plain.index(False) if False in plain else self._n_decode
+        self._spans: list[tuple[int, int]] = []  # first token and end of each sequence
+        end = 0
+        for count in counts:
+            self._spans.append((end, end + count))
             end += count
 
     def __call__(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         *,
         scale: float,
         window: int | None,
         softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attention of one layer for all tokens of the step.
 
         Args:
@@ -51,31 +82,246 @@ class StepAttention:
         Returns:
             [tokens, q_heads, v_dim], of q's dtype.
         """
-        view, positions, n = self._view, self._positions, self._n_decode
-        view.append(layer, k, v)
+        options = LayerOptions(scale, window, softcap, sinks)
+        self._view.append(layer, k, v)
         parts = []
+        n = self._n_plain
         if n:
-            out, _ = decode(
-                q[:n],
-                view.pages(layer, 0, n, with_new=True),
-                scale=scale,
-                positions=positions[:n],
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
+            pages = self._view.pages(layer, 0, n, with_new=True)
+            parts.append(_decode(q[:n], pages, options, self._positions[:n]))
+        for i in range(n, len(self._spans)):
+            start, end = self._spans[i]
+            life, own = self._lives[i], slice(start, end)
+            if life is not None:
+                life.layers[layer].options = options
+            if end - start == 1 and life is not None:
+                parts.append(self._decode_one(life, layer, i, q[own], options))
+            else:
+                parts.append(self._prefill(life, layer, i, q[own], k[own], v[own], options))
+        out, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        for i, life in enumerate(self._lives):
+            if life is not None:
+                self._observe(life, layer, i, q, v, lse, options)
+        return out
+
+    def _observe(
+        self,
+        life: Lifecycle,
+        layer: int,
+        i: int,
+        q: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        options: LayerOptions,
+    ) -> None:
+        """Give a sequence's plan what it needs to see of the layer."""
+        life.layers[layer].options = options
+        start, end = self._spans[i]
+        own = slice(start, end)
+        pages = self._view.pages(layer, i, i + 1, with_new=True)
+        if life.trace is not None and i < self._n_plain:
+            lengths = tuple(pages.lengths[0].tolist())
+            life.trace.reads.append(ReadStep(life.generated, layer, lengths, lengths))
+        life.observe(layer, q[own], v[own], lse[own], pages, self._positions[own])
+
+    def _decode_one(
+        self, life: Lifecycle, layer: int, i: int, q: Tensor, options: LayerOptions
+    ) -> State:
+        """One query of a sequence that reads less than its live pages, or more."""
+        pages = self._view.pages(layer, i, i + 1, with_new=True)
+        at = self._positions[self._spans[i][0] : self._spans[i][1]]
+        if life.sees is not None:
+            return _attend_seen(life, layer, q, pages, at, options)
+        chosen = None
+        if life.plan.select is not None and life.generating and options.window is None:
+            chosen = life.plan.select.select(DecodeQuery(life, layer, q, pages))
+        listed: TokenList | None = None
+        live, encoded = pages, None
+        if chosen is not None and chosen.pages is not None:
+            before = life.encoded_lengths(layer) // pages.format.page_size
+            live, encoded = narrowed(pages, chosen.pages, before)
+        elif chosen is not None and chosen.tokens is not None:
+            real = chosen.tokens < pages.lengths[0][:, None]
+            listed = TokenList(chosen.tokens[None].int(), real.sum(1)[None].int())
+        state = _decode(q, live, options, at, listed)
+        state = self._with_stores(life, layer, q, state, options, encoded)
+        if life.trace is not None:
+            self._record(life, layer, pages, live, listed, encoded)
+        if chosen is not None and chosen.rest is not None and chosen.rest_weight is not None:
+            out, lse = state
+            group = q.shape[1] // len(chosen.rest)
+            value = chosen.rest.repeat_interleave(group, 0)
+            out = torch.lerp(out[0].float(), value.float(), chosen.rest_weight[:, None])
+            state = out[None].to(q.dtype), lse
+        return state
+
+    def _prefill(
+        self,
+        life: Lifecycle | None,
+        layer: int,
+        i: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: LayerOptions,
+    ) -> State:
+        """A chunk of a prompt, or a draft tree."""
+        start, end = self._spans[i]
+        past = self._view.pages(layer, i, i + 1, with_new=False)
+        at = self._positions[start:end]
+        if life is not None and life.sees is not None:
+            pages = self._view.pages(layer, i, i + 1, with_new=True)
+            return _attend_seen(life, layer, q, pages, at, options)
+        tree = self._trees[i]
+        how: dict[str, Any] = {
+            "scale": options.scale,
+            "window": options.window,
+            "softcap": options.softcap,
+        }
+        if tree is not None:
+            state = prefill(q, k, v, past, positions=at, sinks=options.sinks, own=False, **how)
+            visible = tree
+            if options.window is not None:
+                visible = tree & (at[:, None] - at < options.window)
+            part = KVPart(k.transpose(0, 1), v.transpose(0, 1), visible[None])
+            grown = attend_parts(
+                q, [part], v.shape[2], scale=options.scale, softcap=options.softcap
             )
-            parts.append(out)
-        for i, start, end in self._chunks:
-            out, _ = prefill(
-                q[start:end],
-                k[start:end],
-                v[start:end],
-                view.pages(layer, i, i + 1, with_new=False),
-                scale=scale,
-                positions=positions[start:end],
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
+            state = _merged(state, grown)
+        else:
+            pattern = self._pattern(life, layer, i, q, at)
+            state = prefill(
+                q, k, v, past, positions=at, sinks=options.sinks, pattern=pattern, **how
             )
-            parts.append(out)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            if life is not None and life.trace is not None:
+                pairs = len(q) * (past.lengths.float().mean().item() + (len(q) + 1) / 2)
+                share = 1.0 if pattern is None else pattern.density(past.lengths[0], len(q))
+                life.trace.count_pairs(layer, share * pairs, pairs)
+        if life is not None:
+            state = self._with_stores(life, layer, q, state, options, None)
+        return state
+
+    def _pattern(
+        self, life: Lifecycle | None, layer: int, i: int, q: Tensor, at: Tensor
+    ) -> SparsePattern | None:
+        """Which pairs of a chunk are computed; None for all."""
+        if life is None or life.generating:
+            return None
+        plan, pattern = life.plan, None
+        pages = self._view.pages(layer, i, i + 1, with_new=True)
+        if plan.prefill is not None and life.shape.layers[layer].window is None:
+            pattern = plan.prefill.pattern(PromptChunk(life, layer, q, pages, at))
+        if plan.heads is not None and plan.heads.during_prefill and life.streaming is not None:
+            span = plan.heads.span(life.prompt_tokens)
+            lengths = pages.lengths[0] - len(q)
+            pattern = streaming_pattern(pattern, life.streaming[layer], q.shape, lengths, span)
+        return pattern
+
+    def _with_stores(
+        self,
+        life: Lifecycle,
+        layer: int,
+        q: Tensor,
+        state: State,
+        options: LayerOptions,
+        encoded: Tensor | None,
+    ) -> State:
+        """`state` merged with attention over what lies beside the live pages."""
+        host = stores.host_pages(life, layer)
+        if host is not None:
+            how: dict[str, Any] = {"scale": options.scale, "softcap": options.softcap}
+            if len(q) == 1:
+                state = _merged(state, decode(q, host, **how))
+            else:
+                empty = q.new_empty(len(q), host.lengths.shape[1], q.shape[2])
+                values = q.new_empty(*empty.shape[:2], state[0].shape[2])
+                at = torch.arange(len(q), device=q.device)
+                state = _merged(
+                    state, prefill(q, empty, values, host, positions=at, own=False, **how)
+                )
+        rest = list(stores.parts(life, layer, encoded)) if stores.held(life) else []
+        if rest:
+            v_dim = state[0].shape[2]
+            part = attend_parts(q, rest, v_dim, scale=options.scale, softcap=options.softcap)
+            state = _merged(state, part)
+        return state
+
+    def _record(
+        self,
+        life: Lifecycle,
+        layer: int,
+        pages: PagedKV,
+        live: PagedKV,
+        listed: TokenList | None,
+        encoded: Tensor | None,
+    ) -> None:
+        """Note what a decode step read."""
+        assert life.trace is not None
+        before = life.encoded_lengths(layer)
+        cached = (pages.lengths[0] + before).tolist()
+        read = live.lengths[0] if listed is None else listed.counts[0]
+        numbers = None
+        if encoded is None:
+            read = read + before
+        else:
+            size = pages.format.page_size
+            held = (before // size)[:, None]
+            read = read + ((encoded >= 0) & (encoded < held)).sum(1) * size
+            total = -(-torch.tensor(cached) // size)[:, None]
+            numbers = tuple(
+                tuple(row[(row >= 0) & (row < n)].tolist())
+                for row, n in zip(encoded.cpu(), total, strict=True)
+            )
+        life.trace.reads.append(
+            ReadStep(life.generated, layer, tuple(read.tolist()), tuple(cached), numbers)
+        )
+
+
+def _decode(
+    q: Tensor,
+    pages: PagedKV,
+    options: LayerOptions,
+    positions: Tensor,
+    tokens: TokenList | None = None,
+) -> State:
+    return decode(
+        q,
+        pages,
+        scale=options.scale,
+        positions=positions,
+        window=options.window,
+        softcap=options.softcap,
+        sinks=options.sinks,
+        tokens=tokens,
+    )
+
+
+def _merged(state: State, other: State) -> State:
+    """Both partial attentions as one, in the dtype of the first."""
+    out, lse = merge_states(state[0].float(), state[1], other[0].float(), other[1])
+    return out.to(state[0].dtype), lse
+
+
+def _attend_seen(
+    life: Lifecycle, layer: int, q: Tensor, pages: PagedKV, at: Tensor, options: LayerOptions
+) -> State:
+    """Attention of a pass's queries over the tokens that it names and its own, each query seeing
+    those up to its own position."""
+    assert life.sees is not None
+    held = life.aside.held[layer]
+    seen = torch.cat([torch.isin(held, life.sees), torch.ones(len(q), dtype=torch.bool)])
+
+    def tiles() -> Iterator[KVPart]:
+        for start, stop in tile_spans(pages):
+            k, v = gather_kv(pages, start, stop)
+            positions = gather(pages, "position", start, stop)[0, :, None, :, 0]
+            visible = seen[start:stop].to(q.device) & (positions <= at[:, None])
+            if options.window is not None:
+                visible &= positions > at[:, None] - options.window
+            yield KVPart(k[0], v[0], visible)
+
+    v_dim = pages.format.field("v").width
+    out, lse = attend_parts(q, tiles(), v_dim, scale=options.scale, softcap=options.softcap)
+    if options.sinks is not None:
+        out, lse = merge_sinks(out, lse, options.sinks)
+    return out.to(q.dtype), lse

@@ -11,16 +11,25 @@ from dataclasses import dataclass
 
 import torch
 
-from tamis.cache import BatchView, CacheLayout, LayerShape, PagedCache
-from tamis.engine.attend import StepAttention
+from tamis.cache import CacheLayout, LayerShape, PagedCache
+from tamis.engine import draft as drafts
+from tamis.engine import inspection
 from tamis.engine.flat import FlatBatch, as_logprob
+from tamis.engine.layered import Member, StepBatch
+from tamis.engine.lifecycle import Lifecycle, columns
+from tamis.engine.memory import prompt_tokens_held
 from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
+from tamis.engine.program import Program
 from tamis.engine.sampler import Sampled, SamplerState, sample
 from tamis.engine.scheduler import Preemption, Scheduler, Work
 from tamis.engine.sequence import Request, Sequence, Status
 from tamis.engine.text import TextStream
-from tamis.errors import ConfigError, KVMemoryError, RequestError
+from tamis.engine.trace import Trace
+from tamis.errors import ConfigError, KVMemoryError, PlanError, RequestError
+from tamis.methods.views import LayerShape as MethodLayerShape
+from tamis.methods.views import ModelShape
 from tamis.model import Model
+from tamis.model.model import UNLIMITED
 from tamis.plan import Plan
 from tamis.platform import format_bytes
 from tamis.sampling import SamplingParams
@@ -38,6 +47,7 @@ class EngineStats:
     Attributes:
         step_s: time in `Engine.step`; forward_s: the part of it inside the model's forward.
         prefill_tokens: tokens computed in chunks; decode_tokens: tokens computed one by one.
+        drafted, accepted: tokens that plans proposed, and those of them that were right.
     """
 
     steps: int = 0
@@ -46,6 +56,8 @@ class EngineStats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Engine:
@@ -59,6 +71,7 @@ class Engine:
         max_running: the most sequences that hold pages at once.
         preemption: "recompute" forgets the pages of a preempted sequence, "swap" moves them to
             `swap_bytes` bytes of host memory (and forgets them when those are full).
+        host_bytes: host memory for the pages of plans that place them there.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -75,6 +88,7 @@ class Engine:
         max_running: int = 256,
         preemption: Preemption = "recompute",
         swap_bytes: int = 0,
+        host_bytes: int = 0,
     ) -> None:
         for name, value in (
             ("max_batch_tokens", max_batch_tokens),
@@ -94,17 +108,21 @@ class Engine:
                 for spec in model.layers
             ),
         )
-        self.cache = PagedCache(self.layout, kv_bytes, model.device, swap_bytes)
+        self.cache = PagedCache(self.layout, kv_bytes, model.device, swap_bytes, host_bytes)
         if not self.cache.fits(1):
             least = format_bytes(self.cache.required_bytes(1))
             raise KVMemoryError(
                 f"kv_memory of {format_bytes(kv_bytes)} holds no page for every KV head of this "
                 f"model; the least is {least}, for {page_size} tokens"
             )
-        self.scheduler = Scheduler(self.cache, max_batch_tokens, max_running, preemption)
+        self.shape = _shape(model)
+        self.scheduler = Scheduler(
+            self.cache, max_batch_tokens, max_running, preemption, self.shape, model.shift_keys
+        )
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
+        self._sound: set[Plan] = set()  # plans that fit this model
 
     @property
     def idle(self) -> bool:
@@ -117,6 +135,7 @@ class Engine:
         params: SamplingParams,
         plan: Plan | None = None,
         request_id: str | None = None,
+        trace: Trace | None = None,
     ) -> str:
         """Take a request in; its work begins with the next `step()`.
 
@@ -125,6 +144,7 @@ class Engine:
             params: what to generate.
             plan: how its KV cache lives.
             request_id: a name of the caller's; by default a number.
+            trace: where to record what the plan does.
 
         Returns:
             The request's id.
@@ -133,16 +153,20 @@ class Engine:
             RequestError: empty or too long prompt, token ids out of the vocabulary, stop strings
                 without a tokenizer, `n` larger than `max_running`, an id already in use.
             KVMemoryError: the cache could not hold this request even alone.
+            PlanError: the plan does not fit this model.
         """
         arrival = next(self._arrivals)
         request_id = str(arrival) if request_id is None else request_id
         prompt = [int(token) for token in prompt_ids]
-        self._check(request_id, prompt, params)
-        room = self.model.max_length - len(prompt)
+        plan = plan or Plan()
+        self._check_plan(plan, params)
+        longest = self._longest(plan)
+        self._check(request_id, prompt, params, longest)
+        room = longest - len(prompt)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
-        self._check_memory(len(prompt), max_new)
+        self._check_memory(plan, len(prompt), max_new)
         request = Request(
-            request_id, arrival, prompt, params, plan or Plan(), len(prompt) + max_new
+            request_id, arrival, prompt, params, plan, len(prompt) + max_new, trace=trace
         )
         sequence = Sequence(
             request,
@@ -190,13 +214,13 @@ class Engine:
         increments = [self._finish(s, "error", error=self._stuck_message(s)) for s in stuck]
         if work:
             try:
-                logits = self._forward(work)
+                outcomes = self._forward(work)
             except Exception as error:
                 _log.exception("a step of %d sequences failed", len(work))
                 message = f"{type(error).__name__}: {error}"
                 increments += [self._finish(w.sequence, "error", error=message) for w in work]
             else:
-                increments += self._extend(work, logits)
+                increments += self._extend(outcomes)
         elif not stuck and not self.idle:
             raise RuntimeError("no sequence can run, and none is stuck: a bug in the scheduler")
         self.stats.steps += 1
@@ -205,60 +229,147 @@ class Engine:
 
     # --- one step -------------------------------------------------------------------------------
 
-    def _forward(self, work: list[Work]) -> torch.Tensor:
-        """The model's logits [sequences that reach their last token, vocab], fp32."""
+    def _forward(self, work: list[Work]) -> list[tuple[Sequence, torch.Tensor]]:
+        """Run the model; what it says after the last token of each sequence that reached it.
+
+        Returns:
+            Sequences with their logits, fp32 [1, vocab]; with a draft, those after each of its
+            tokens too, [1 + drafted, vocab].
+        """
         now = time.perf_counter()
         sequences = [item.sequence for item in work]
-        counts = [item.n_tokens for item in work]
-        caches = [s.cache for s in sequences if s.cache is not None]
         requests = {sequence.request for sequence in sequences}
         for request in requests:
             request.started_s = request.started_s or now
+        for item in work:
+            self._watch(item.sequence)
         flat = FlatBatch.of(work, self.model)
         device = self.cache.arena.data.device
         position = torch.tensor(flat.positions, dtype=torch.int32, device=device)
-        view = BatchView(self.cache, caches, counts, position)
-        attend = StepAttention(view, counts, position)
+        batch = StepBatch(self.cache, [_member(item) for item in work], position)
         inputs = (
             torch.tensor(flat.tokens, device=device),
             position.long(),
             torch.tensor(flat.sample_at + flat.score_at, dtype=torch.long, device=device),
         )
         rope = torch.tensor(flat.rope_lengths, device=device) if self.model.dynamic_rope else None
+        similar = any(s.life is not None and s.life.plan.needs.similarity for s in sequences)
+        measure = batch.measure if similar else None
         began = time.perf_counter()
-        logits = self.model.forward(*inputs, attend, rope)
+        if flat.rows is None:
+            logits = self.model.forward(*inputs, batch.attend, rope, measure=measure)
+            left = None
+        else:
+            logits, left = self.model.forward(
+                *inputs, batch.attend, rope, rows=flat.rows, measure=measure
+            )
         self.stats.forward_s += time.perf_counter() - began
-        for sequence, cache, n in zip(sequences, caches, counts, strict=True):
-            cache.advance(n)
-            sequence.n_computed += n
-        for request in requests:
-            self._measure(request)
-        for cache in caches:
-            cache.trim()
-        decoded = counts.count(1)
-        self.stats.decode_tokens += decoded
-        self.stats.prefill_tokens += len(flat.tokens) - decoded
+        at = 0
+        for sequence, n in work:
+            leaving = None
+            if left is not None and sequence.program is not None and not sequence.program.whole:
+                leaving = left[at : at + n]
+                at += n
+            self._advance(sequence, n, leaving)
         n_sampled = len(flat.sample_at)
         if flat.scored:
             flat.score(logits[n_sampled:])
-        return logits[:n_sampled]
+        return [(sequence, logits[rows.start : rows.stop]) for sequence, rows in flat.sampled]
 
-    def _extend(self, work: list[Work], logits: torch.Tensor) -> list[Increment]:
+    def _watch(self, sequence: Sequence) -> None:
+        """Begin the passes of a generated token where its plan has some, and see that what a pass
+        observes is noted."""
+        life, tokens = sequence.life, sequence.request.plan.tokens
+        if life is None or tokens is None:
+            return
+        if sequence.program is None and not sequence.in_prompt and tokens.steps:
+            held = [of_layer.sort().values for of_layer in life.aside.held]
+            passes = tokens.step(sequence.n_computed, held, self.shape)
+            if passes is not None:
+                sequence.program = Program(passes, life, self.shape.n_layers)
+        if sequence.program is not None:
+            current = sequence.program.current
+            life.watch = (current.layers[-1], current.observe) if current.observe else None
+            life.sees = current.sees
+
+    def _advance(self, sequence: Sequence, n: int, left: torch.Tensor | None) -> None:
+        """Count `n` tokens that a sequence ran, and let its plan act on them."""
+        cache, life, program = sequence.cache, sequence.life, sequence.program
+        assert cache is not None
+        cache.advance(n, sequence.layers)
+        self._measure(sequence.request)
+        if sequence.draft is not None:
+            return  # how many of them stay is known when they have been sampled
+        if program is None:
+            self._settle(sequence, n)
+            return
+        assert life is not None
+        life.count_attention(n)
+        program.advance(n, left)
+        if program.finished:
+            sequence.program, life.watch, life.sees = None, None, None
+            n_done = sequence.n_prompt if sequence.in_prompt else 1
+            life.position_shift = sequence.n_computed + n_done - cache.next_position
+            self._settle(sequence, n_done)
+
+    def _settle(self, sequence: Sequence, n: int) -> None:
+        """Count `n` tokens as computed, and let the plan act on them."""
+        assert sequence.cache is not None
+        if sequence.in_prompt:
+            self.stats.prefill_tokens += n
+        else:
+            self.stats.decode_tokens += n
+        sequence.n_computed += n
+        if sequence.life is not None:
+            sequence.life.settle(n)
+        sequence.cache.trim()
+
+    def _extend(self, outcomes: Seq[tuple[Sequence, torch.Tensor]]) -> list[Increment]:
         """Sample for every sequence whose last token was computed; fork after the prompt."""
-        rows: list[int] = []
+        increments = []
+        rows: list[torch.Tensor] = []
         sequences: list[Sequence] = []
-        done = [item.sequence for item in work if item.sequence.n_pending == 0]
-        for row, sequence in enumerate(done):
-            branches = self._branches(sequence)
-            rows += [row] * len(branches)
-            sequences += branches
+        for sequence, logits in outcomes:
+            if sequence.draft is not None:
+                increments += self._verify(sequence, logits)
+            elif sequence.n_pending == 0:
+                branches = self._branches(sequence)
+                rows += [logits] * len(branches)
+                sequences += branches
         if not sequences:
-            return []
-        if len(sequences) > len(logits):
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        sampled = sample(logits, [sequence.sampler for sequence in sequences])
+            return increments
+        sampled = sample(torch.cat(rows), [sequence.sampler for sequence in sequences])
         now = time.perf_counter()
-        return [self._push(s, token, now) for s, token in zip(sequences, sampled, strict=True)]
+        pushed = [self._push(s, token, now) for s, token in zip(sequences, sampled, strict=True)]
+        return increments + pushed
+
+    def _verify(self, sequence: Sequence, logits: torch.Tensor) -> list[Increment]:
+        """Sample along a draft tree as far as it is right, and keep what was right of it.
+
+        Every token is sampled as it would be without a draft, after the tokens before it.
+        """
+        tree, cache, method = sequence.draft, sequence.cache, sequence.request.plan.draft
+        assert tree is not None
+        assert cache is not None
+        assert method is not None
+        increments: list[Increment] = []
+        now = time.perf_counter()
+
+        def next_token(row: int) -> int:
+            token = sample(logits[row : row + 1], [sequence.sampler])[0]
+            increments.append(self._push(sequence, token, now))
+            return token.token_id if sequence.cache is not None else -1  # -1: it has ended
+
+        given = torch.cat([torch.tensor(sequence.tokens[-1:]), tree.tokens])
+        sequence.draft = None
+        rows = drafts.accept(tree, next_token)
+        method.learn(self.scheduler.learned(method), given, logits)
+        self.stats.drafted += len(tree.tokens)
+        self.stats.accepted += len(rows) - 1
+        if sequence.cache is not None:
+            cache.retract(1 + len(tree.tokens), rows)
+            self._settle(sequence, len(rows))
+        return increments
 
     def _branches(self, first: Sequence) -> list[Sequence]:
         """The sequence itself, or all `n` of its request when its prompt was just computed."""
@@ -327,6 +438,8 @@ class Engine:
     ) -> Increment:
         """End a sequence, free its pages, and end the request with its last sequence."""
         request = sequence.request
+        if request.trace is not None and sequence.index == 0 and sequence.life is not None:
+            inspection.finish(request.trace, sequence.life)
         if sequence.text is not None:
             text += sequence.text.flush()
         sequence.finish_reason, sequence.error = reason, error
@@ -352,7 +465,37 @@ class Engine:
 
     # --- checks, measures -----------------------------------------------------------------------
 
-    def _check(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+    def _check_plan(self, plan: Plan, params: SamplingParams) -> None:
+        """Refuse a plan that does not fit this model, or what is asked of the request."""
+        if plan.tokens is not None and params.prompt_logprobs is not None:
+            raise RequestError(
+                f"prompt_logprobs need every token of the prompt at the last layer, where "
+                f"{plan.tokens.method_name()} does not bring them all"
+            )
+        if plan.dense or plan in self._sound:
+            return
+        evict = plan.evict
+        if evict is not None and evict.in_cache_positions and not self.model.can_shift:
+            raise PlanError(
+                f"{evict.method_name()} moves keys to other positions, which this model's "
+                "position embeddings do not allow; its in-cache positions can be switched off"
+            )
+        try:
+            empty = self.cache.new_sequence(columns(plan, self.shape))
+            Lifecycle(plan, self.shape, empty, 1, self.model.shift_keys)
+        except ConfigError as error:
+            raise PlanError(f"the plan {plan} does not fit this cache: {error}") from error
+        self._sound.add(plan)
+
+    def _longest(self, plan: Plan) -> int:
+        """The most tokens of a request: the model's context, unless positions are those in the
+        cache."""
+        in_cache = plan.evict is not None and plan.evict.in_cache_positions
+        return UNLIMITED if in_cache and plan.heads is None else self.model.max_length
+
+    def _check(
+        self, request_id: str, prompt: list[int], params: SamplingParams, longest: int
+    ) -> None:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
         if not prompt:
@@ -362,10 +505,10 @@ class Engine:
             raise RequestError(
                 f"token id {bad} is outside the vocabulary of {self.model.vocab_size} tokens"
             )
-        if len(prompt) >= self.model.max_length:
+        if len(prompt) >= longest:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens, but the model's context is "
-                f"{self.model.max_length} tokens, of which one must be left for the answer"
+                f"{longest} tokens, of which one must be left for the answer"
             )
         if params.n > self.scheduler.max_running:
             raise RequestError(
@@ -376,11 +519,20 @@ class Engine:
         if params.stop and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model directory has none")
 
-    def _check_memory(self, n_prompt: int, max_new: int) -> None:
-        """Refuse what the cache cannot hold; the last token's KV is never written to it."""
+    def _check_memory(self, plan: Plan, n_prompt: int, max_new: int) -> None:
+        """Refuse what the cache cannot hold; the last token's KV is never written to it.
+
+        Of a plan that compresses only the prompt is counted, because what is left of it is known
+        when it has been computed.
+        """
         n_cached = n_prompt + max_new - 1
-        if not self.cache.fits(n_cached, chunk=1):
-            enough = self.cache.required_bytes(n_cached, chunk=self.scheduler.max_batch_tokens)
+        if plan.compresses:
+            size = self.layout.page_size
+            n_cached = prompt_tokens_held(plan, n_prompt, size, size)
+        side = columns(plan, self.shape)
+        if not self.cache.fits(n_cached, chunk=1, columns=side):
+            chunk = self.scheduler.max_batch_tokens
+            enough = self.cache.required_bytes(n_cached, chunk=chunk, columns=side)
             raise KVMemoryError(
                 f"a request of {n_prompt} prompt and {max_new} new tokens needs about "
                 f"{format_bytes(self.layout.bytes_for(n_cached))} of KV memory, but kv_memory is "
@@ -410,3 +562,20 @@ class Engine:
         if caches:
             request.kv_bytes = self.cache.distinct_bytes(caches)
             request.kv_bytes_peak = max(request.kv_bytes_peak, request.kv_bytes)
+
+
+def _shape(model: Model) -> ModelShape:
+    """What methods may know of a model."""
+    layers = tuple(
+        MethodLayerShape(spec.q_heads, spec.kv_heads, spec.k_dim, spec.v_dim, spec.window)
+        for spec in model.layers
+    )
+    return ModelShape(layers, model.vocab_size, model.dtype, model.directory)
+
+
+def _member(item: Work) -> Member:
+    """A sequence of a step as its attention takes it."""
+    sequence = item.sequence
+    assert sequence.cache is not None
+    tree = None if sequence.draft is None else drafts.visible(sequence.draft)
+    return Member(sequence.cache, item.n_tokens, sequence.life, tree, sequence.layers)

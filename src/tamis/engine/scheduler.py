@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tamis.cache import OutOfPages, OutOfSwap, PagedCache
+from tamis.engine.lifecycle import Lifecycle, ShiftKeys, columns
+from tamis.engine.memory import prompt_bytes
+from tamis.engine.program import Program
 from tamis.engine.sequence import Sequence, Status
+from tamis.methods.base import Draft
+from tamis.methods.views import ModelShape
 
 Preemption = Literal["recompute", "swap"]
 
@@ -33,6 +38,8 @@ class Scheduler:
         max_batch_tokens: tokens of one step, decodes and chunks together.
         max_running: sequences that may hold pages at once.
         preemption: what becomes of the pages of a preempted sequence.
+        shape: the model's, for plans.
+        shift_keys: moves keys to other positions, for plans that do.
     """
 
     def __init__(
@@ -41,8 +48,13 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         preemption: Preemption,
+        shape: ModelShape,
+        shift_keys: ShiftKeys,
     ) -> None:
         self.cache = cache
+        self.shape = shape
+        self.shift_keys = shift_keys
+        self._learned: dict[Draft, Any] = {}
         self.max_batch_tokens = max_batch_tokens
         self.max_running = min(max_running, max_batch_tokens)
         self.preemption = preemption
@@ -73,7 +85,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
         if sequence.cache is not None:
             sequence.cache.free()
-            sequence.cache = None
+            sequence.cache = sequence.life = sequence.program = None
 
     def restart(self, sequence: Sequence) -> None:
         """Free the pages of a running sequence; its tokens are computed again from the first."""
@@ -84,15 +96,16 @@ class Scheduler:
         """Choose the next step's work and reserve its pages.
 
         Returns:
-            The work, sequences with one pending token first; and the sequences that cannot go on
+            The work, sequences that run one token first, and among them those that read all live
+            pages and nothing else; and the sequences that cannot go on
             even with the cache to themselves, which the caller must end.
         """
         batch: dict[Sequence, int] = {}
         stuck: list[Sequence] = []
         budget = self.max_batch_tokens
         n_running = len(self.running)
-        decodes = [s for s in self.running if s.n_pending == 1]
-        prefills = [s for s in self.running if s.n_pending > 1]
+        decodes = [s for s in self.running if s.n_ready == 1]
+        prefills = [s for s in self.running if s.n_ready > 1]
         for sequence in decodes + prefills:
             if sequence.status is Status.RUNNING:
                 budget -= self._reserve(sequence, budget, batch, stuck)
@@ -101,7 +114,7 @@ class Scheduler:
             if not self.swapped:
                 self._admit(budget, batch, stuck)
         work = [Work(sequence, n) for sequence, n in batch.items()]
-        work.sort(key=lambda item: item.n_tokens > 1)
+        work.sort(key=lambda item: (item.n_tokens > 1, not item.sequence.direct))
         return work, stuck
 
     def _resume(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> int:
@@ -130,7 +143,7 @@ class Scheduler:
             if full or not self._has_room(sequence):
                 return
             self.waiting.pop(0)
-            sequence.cache = self.cache.new_sequence()
+            self._open(sequence)
             self._start(sequence)
             budget -= self._reserve(sequence, budget, batch, stuck)
 
@@ -139,13 +152,39 @@ class Scheduler:
         head of every running sequence are free; always true when nothing else runs."""
         if not self.running:
             return True
-        layout = self.cache.layout
         promised = 0
         for other in self.running:
             assert other.cache is not None
-            promised += max(0, layout.bytes_for(len(other.tokens)) - other.cache.bytes)
-        headroom = (len(self.running) + 1) * layout.bytes_for(1)
-        return layout.bytes_for(len(sequence.tokens)) + promised + headroom <= self.cache.free_bytes
+            promised += max(0, self._needs(other) - other.cache.bytes)
+        headroom = (len(self.running) + 1) * self.cache.layout.bytes_for(1)
+        return self._needs(sequence) + promised + headroom <= self.cache.free_bytes
+
+    def _needs(self, sequence: Sequence) -> int:
+        """Bytes that a sequence takes until its prompt is computed, or has and will keep."""
+        plan, cache = sequence.request.plan, sequence.cache
+        if plan.dense:
+            return self.cache.layout.bytes_for(len(sequence.tokens))
+        if cache is not None and not sequence.in_prompt:
+            return cache.bytes
+        return prompt_bytes(self.cache, self.shape, plan, sequence.n_prompt, self.max_batch_tokens)
+
+    def _open(self, sequence: Sequence) -> None:
+        """Give a sequence an empty cache and, under a plan, its life and its program."""
+        plan = sequence.request.plan
+        sequence.cache = self.cache.new_sequence(columns(plan, self.shape))
+        if plan.dense:
+            return
+        sequence.life = Lifecycle(
+            plan,
+            self.shape,
+            sequence.cache,
+            sequence.n_prompt,
+            self.shift_keys,
+            sequence.request.trace,
+        )
+        if plan.tokens is not None:
+            passes = plan.tokens.program(sequence.n_prompt, self.shape)
+            sequence.program = Program(passes, sequence.life, self.shape.n_layers)
 
     def _reserve(
         self, sequence: Sequence, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]
@@ -154,11 +193,15 @@ class Scheduler:
         sequences for their pages; the number of tokens. A sequence that is itself the newest
         keeps its pages and waits a step."""
         assert sequence.cache is not None
-        n = min(budget, sequence.n_pending, sequence.max_chunk)
+        n = min(budget, sequence.n_ready, sequence.max_chunk)
+        n = self._with_draft(sequence, n, budget)
         while n > 0:
             try:
-                sequence.cache.reserve(n)
+                sequence.cache.reserve(n, sequence.layers)
             except OutOfPages:
+                if sequence.draft is not None:
+                    sequence.draft, n = None, 1  # a guess is worth nobody's pages
+                    continue
                 newest = max(self.running, key=_order)
                 if newest is not sequence:
                     self._preempt(newest)
@@ -174,6 +217,24 @@ class Scheduler:
                 batch[sequence] = n
                 return n
         return 0
+
+    def _with_draft(self, sequence: Sequence, n: int, budget: int) -> int:
+        """Tokens of the step with those that the sequence's plan proposes, where there is room."""
+        sequence.draft = None
+        draft = sequence.request.plan.draft
+        if draft is None or n != 1 or sequence.in_prompt or sequence.n_pending != 1:
+            return n
+        tree = draft.propose(self.learned(draft), sequence.tokens[-1])
+        if not len(tree.tokens) or 1 + len(tree.tokens) > budget:
+            return n
+        sequence.draft = tree
+        return 1 + len(tree.tokens)
+
+    def learned(self, draft: Draft) -> Any:
+        """What a drafting method has learned so far, from all requests with the same one."""
+        if draft not in self._learned:
+            self._learned[draft] = draft.start(self.shape.vocab_size)
+        return self._learned[draft]
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.cache is not None
@@ -193,7 +254,7 @@ class Scheduler:
     def _forget(self, sequence: Sequence) -> None:
         assert sequence.cache is not None
         sequence.cache.free()
-        sequence.cache = None
+        sequence.cache = sequence.life = sequence.program = sequence.draft = None
         sequence.n_computed = 0
         self.add(sequence)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from tamis.cache import SequenceCache
+from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.outputs import (
     Completion,
     FinishReason,
@@ -14,8 +15,11 @@ from tamis.engine.outputs import (
     RequestOutput,
     TokenLogprob,
 )
+from tamis.engine.program import Program
 from tamis.engine.sampler import SamplerState
 from tamis.engine.text import TextStream
+from tamis.engine.trace import Trace
+from tamis.methods.views import DraftTree
 from tamis.plan import Plan
 from tamis.sampling import SamplingParams
 
@@ -40,6 +44,9 @@ class Sequence:
         tokens: prompt, then output. The last one's KV is computed by the next step.
         n_computed: tokens whose KV is in the cache; 0 again after preemption by recomputation.
         cache: its pages, None while it waits.
+        life: its plan at work on them; None for exact attention.
+        program: the passes that its tokens go through, where its plan has some.
+        draft: tokens proposed for the next step.
     """
 
     request: Request
@@ -48,6 +55,9 @@ class Sequence:
     sampler: SamplerState
     text: TextStream | None
     cache: SequenceCache | None = None
+    life: Lifecycle | None = None
+    program: Program | None = None
+    draft: DraftTree | None = None
     n_computed: int = 0
     status: Status = Status.WAITING
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -65,9 +75,39 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
+    def n_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
     def n_pending(self) -> int:
         """Tokens whose KV must still be computed; 1 for a sequence that decodes."""
         return len(self.tokens) - self.n_computed
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether a part of the prompt is still to be computed."""
+        return self.n_computed < self.n_prompt
+
+    @property
+    def n_ready(self) -> int:
+        """Tokens that may run in one step at the most. What a plan has settled at the end of the
+        prompt holds for all that follows, so no step goes across it, and generated tokens that
+        are computed again (after preemption) run one by one, as they did."""
+        if self.program is not None:
+            return self.program.remaining
+        if self.life is None:
+            return self.n_pending
+        return self.n_prompt - self.n_computed if self.in_prompt else 1
+
+    @property
+    def layers(self) -> range | None:
+        """The layers that the next step runs, None for all."""
+        return None if self.program is None else self.program.current.layers
+
+    @property
+    def direct(self) -> bool:
+        """Whether a single token reads all live pages and nothing else."""
+        return self.program is None and (self.life is None or self.life.direct)
 
     @property
     def max_chunk(self) -> int:
@@ -114,6 +154,7 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    trace: Trace | None = None
     kv_bytes: int = 0
     kv_bytes_peak: int = 0
     preemptions: int = 0

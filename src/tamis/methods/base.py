@@ -49,6 +49,7 @@ from tamis.methods.views import (
 
 if TYPE_CHECKING:
     from tamis.attention.pattern import SparsePattern
+    from tamis.plan import Plan
 
 STAGES = (
     "prefill",
@@ -130,6 +131,12 @@ class Method(ABC):
         """Why this method cannot be composed with `other`, in a clause; None if it can."""
         return None
 
+    def __add__(self, other: Method | Plan | str) -> Plan:
+        """The plan of both."""
+        from tamis.plan import Plan  # plans are made of methods
+
+        return Plan((self,)) + other
+
     @classmethod
     def method_name(cls) -> str:
         """The name in plans: the class's, in lower case."""
@@ -179,9 +186,18 @@ class Prefill(Method):
 
 class Tokens(Method):
     """Which tokens go through which layers, as a program: it yields passes, the engine runs each
-    (in chunks, in the batch) and sends back what was observed."""
+    (in chunks, in the batch) and sends back what was observed.
+
+    Attributes:
+        steps: whether generated tokens have programs of their own (`step`).
+    """
 
     stage = "tokens"
+    steps: ClassVar[bool] = False
+
+    def eviction(self) -> Evict | None:
+        """What it evicts while it generates, for plans that name no eviction."""
+        return None
 
     @abstractmethod
     def program(self, prompt_tokens: int, shape: ModelShape) -> Generator[Pass, PassResult, None]:
@@ -370,9 +386,14 @@ class Share(Method):
 
 
 class Select(Method):
-    """What a decode step reads. All KV stays."""
+    """What a decode step reads. All KV stays.
+
+    Attributes:
+        reads_tokens: whether it selects single tokens rather than whole pages.
+    """
 
     stage = "select"
+    reads_tokens: ClassVar[bool] = False
 
     def summaries(self, k_dim: int, dtype: torch.dtype) -> list[Column]:
         """What is kept about every full page, one row each (rows = 1)."""

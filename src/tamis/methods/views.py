@@ -112,13 +112,26 @@ class LayerView(Protocol):
             are replaced, never changed in place: forks of the request share them.
     """
 
-    layer: int
-    shape: ModelShape
-    prompt_tokens: int
-    lengths: Tensor
-    cached: Tensor
-    positions: Tensor
-    state: dict[str, Any]
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def cached(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
 
     def queries(self, n: int) -> Tensor:
         """The last `n` queries, or all there were, [m, q_heads, k_dim]. Needs `queries`."""
@@ -151,12 +164,23 @@ class ChunkView(Protocol):
         prompt_tokens, layer, shape, state: as in `LayerView`.
     """
 
-    layer: int
-    shape: ModelShape
-    prompt_tokens: int
-    q: Tensor
-    lengths: Tensor
-    state: dict[str, Any]
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def q(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
 
     def window(self, n: int) -> Tensor:
         """Softmax weights of the chunk's last `n` queries (or all) over all keys, causal, fp32
@@ -184,14 +208,29 @@ class DecodeView(Protocol):
         layer, shape, prompt_tokens, state: as in `LayerView`.
     """
 
-    layer: int
-    shape: ModelShape
-    prompt_tokens: int
-    q: Tensor
-    lengths: Tensor
-    page_size: int
-    scale: float
-    state: dict[str, Any]
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def q(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def state(self) -> dict[str, Any]: ...
 
     def summary(self, name: str) -> Tensor:
         """A declared summary of every full page, [kv_heads, pages, rows * width]. The last page is
@@ -279,7 +318,7 @@ class DraftTree:
 
 def group_sum(weights: Tensor, kv_heads: int) -> Tensor:
     """Sum over the query heads that share a KV head: [q_heads, ...] to [kv_heads, ...]."""
-    return weights.unflatten(0, (kv_heads, -1)).sum(1)
+    return weights.reshape(kv_heads, -1, *weights.shape[1:]).sum(1)
 
 
 def top_mask(scores: Tensor, counts: Tensor | Sequence[int]) -> Tensor:

@@ -67,7 +67,7 @@ def load_model(
         _check_weights(directory)
         tokenizer = _load_tokenizer(directory, trust_remote_code)
         hf = _load_weights(directory, config, torch_dtype, trust_remote_code)
-        return Model(hf.to(device), tokenizer, name)
+        return Model(hf.to(device), tokenizer, name, directory)
 
 
 def parse_device(device: str | torch.device) -> torch.device:

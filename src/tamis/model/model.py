@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import cached_property
 from inspect import signature
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -35,13 +36,18 @@ class Model:
         config: its (text) configuration.
         tokenizer: its tokenizer, or None if the directory has none.
         name: the directory's or the hub repository's name.
+        directory: where its files lie; None for a model that was made in memory.
         layers: what each layer hands over, in order.
         attention_modules: the module of each layer that hands it over.
         dynamic_rope: whether `forward` needs `rope_lengths`.
     """
 
     def __init__(
-        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        directory: Path | None = None,
     ) -> None:
         """Wrap `hf` and probe it.
 
@@ -52,6 +58,7 @@ class Model:
         self.config: PreTrainedConfig = hf.config.get_text_config(decoder=True)
         self.tokenizer = tokenizer
         self.name = name
+        self.directory = directory
         self._picks_logits = "logits_to_keep" in signature(hf.forward).parameters
         self._dynamic_modules = dynamic_modules(hf)
         self._unreached: tuple[nn.Module, ...] = ()  # attention without the forward's arguments

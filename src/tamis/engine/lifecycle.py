@@ -1,0 +1,247 @@
+"""What a plan does to one sequence: observed while it runs, acted on between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamis.attention.observe import column_sums, decode_weights
+from tamis.cache import Field, PagedKV, SequenceCache
+from tamis.engine import eviction, stores
+from tamis.engine.program import Aside
+from tamis.engine.trace import Trace
+from tamis.engine.views import ATTENTION, LayerOptions
+from tamis.methods.views import ModelShape, group_sum
+from tamis.plan import Plan
+
+ShiftKeys = Callable[[int, Tensor, Tensor], Tensor]
+"""Keys [tokens, k_dim] of a layer moved by so many positions [tokens]: `Model.shift_keys`."""
+
+
+@dataclass
+class LayerLife:
+    """What is remembered about one layer of a sequence. Tensors are replaced, never changed in
+    place, so that forks may share them.
+
+    Attributes:
+        state: the methods' own.
+        options: how the layer attends, known from its first step on.
+        queries: the last queries, [m, q_heads, k_dim].
+        sums: attention that the last step's queries paid, [kv_heads, tokens], not yet counted.
+        values: sum of all values, fp32 [kv_heads, v_dim], and their number.
+        similarity: sum of cosine similarities over tokens, and their number.
+        dropped: sums of the keys and values that streaming heads dropped, and their number, fp32
+            [kv_heads, k_dim], [kv_heads, v_dim] and [kv_heads].
+        summarized: full pages whose summaries are up to date.
+        watched: the last queries of a pass that are observed, and their positions.
+    """
+
+    state: dict[str, Any] = field(default_factory=dict)
+    options: LayerOptions | None = None
+    queries: Tensor | None = None
+    sums: Tensor | None = None
+    values: tuple[Tensor | None, int] = (None, 0)
+    similarity: tuple[float, int] = (0.0, 0)
+    dropped: tuple[Tensor, Tensor, Tensor] | None = None
+    summarized: int = 0
+    watched: tuple[Tensor, Tensor] | None = None
+
+
+class Lifecycle:
+    """A plan at work on one sequence.
+
+    Attributes:
+        plan, shape: what acts, on which model.
+        cache: the sequence's pages.
+        prompt_tokens: tokens of the prompt; what follows was generated.
+        layers: one per layer.
+        query_positions: positions of the queries that are kept, the same in every layer.
+        streaming: per layer the heads that keep first and recent tokens only, bool [kv_heads];
+            None in plans without such heads.
+        owes_eviction: whether an eviction found no free page and is due again.
+        budgets: tokens per head that the plan's budget method has settled, int64 [layers, heads].
+        position_shift: by how much tokens' positions lie below their numbers, once a program of
+            passes has given the prompt new ones.
+        aside: hidden states that wait, and which tokens each layer holds, in plans with programs.
+        watch: the layer at which queries of the current pass are observed, and how many.
+        sees: the tokens that the current pass's queries see beside its own; None for all.
+        trace: what is recorded for `LLM.inspect`; None when nobody asked.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shape: ModelShape,
+        cache: SequenceCache,
+        prompt_tokens: int,
+        shift_keys: ShiftKeys,
+        trace: Trace | None = None,
+    ) -> None:
+        """Begin the life of an empty cache.
+
+        Raises:
+            PlanError: a method has not been fitted for this model, or does not fit its sizes.
+        """
+        self.plan = plan
+        self.shape = shape
+        self.cache = cache
+        self.prompt_tokens = prompt_tokens
+        self.layers = [LayerLife() for _ in shape.layers]
+        self.query_positions: list[int] = []
+        self.streaming = plan.heads.streaming(shape) if plan.heads is not None else None
+        self.budgets: Tensor | None = None
+        self.position_shift = 0
+        self.aside = Aside(shape.n_layers)
+        self.watch: tuple[int, int] | None = None
+        self.sees: Tensor | None = None
+        self.shift_keys = shift_keys
+        self.trace = trace
+        self._done = 0  # tokens that have been settled
+        self.owes_eviction = False
+        stores.declare(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.cache.arena.data.device
+
+    @property
+    def generating(self) -> bool:
+        """Whether the whole prompt is cached and settled."""
+        return self._done >= self.prompt_tokens
+
+    @property
+    def direct(self) -> bool:
+        """Whether a decode step reads all live pages and nothing else."""
+        selects = self.generating and self.plan.select is not None
+        return not selects and self.sees is None and not stores.held(self)
+
+    def fork(self, cache: SequenceCache) -> Lifecycle:
+        """The same life for a fork of the sequence, with its `cache`."""
+        other = object.__new__(Lifecycle)
+        other.__dict__.update(self.__dict__)
+        other.cache = cache
+        other.layers = [replace(layer, state=dict(layer.state)) for layer in self.layers]
+        other.query_positions = list(self.query_positions)
+        other.aside = self.aside.fork()
+        other.trace = None
+        return other
+
+    def observe(
+        self,
+        layer: int,
+        q: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        pages: PagedKV,
+        positions: Tensor,
+    ) -> None:
+        """Note what the methods need of one layer of a step.
+
+        Args:
+            layer: the layer; its options are known.
+            q: [tokens, q_heads, k_dim]; v: [tokens, kv_heads, v_dim]; lse: [tokens, q_heads].
+            pages: the layer's pages, one row, the step's own tokens among them.
+            positions: of the step's tokens, [tokens].
+        """
+        needs, mine = self.plan.needs, self.layers[layer]
+        goes_on = self.plan.evict is not None and self.plan.evict.interval is not None
+        if needs.queries and (goes_on or not self.generating):
+            queries = q if mine.queries is None else torch.cat([mine.queries, q])
+            mine.queries = queries[-needs.queries :].clone()
+            if layer == 0:
+                self.query_positions += positions.tolist()
+                del self.query_positions[: -needs.queries]
+        if needs.attention and (goes_on or not self.generating):
+            mine.sums = self._attention_paid(mine.options, q, lse, pages, positions)
+        if self.watch is not None and self.watch[0] == layer:
+            before = mine.watched or (q[:0], positions[:0])
+            queries, at = torch.cat([before[0], q]), torch.cat([before[1], positions])
+            mine.watched = (queries[-self.watch[1] :].clone(), at[-self.watch[1] :].clone())
+        if needs.mean_value:
+            total, tokens = mine.values
+            added = v.float().sum(0)
+            mine.values = (added if total is None else total + added, tokens + len(v))
+
+    def _attention_paid(
+        self,
+        options: LayerOptions | None,
+        q: Tensor,
+        lse: Tensor,
+        pages: PagedKV,
+        positions: Tensor,
+    ) -> Tensor:
+        """What the step's queries paid to each cached token, fp32 [kv_heads, tokens]."""
+        assert options is not None
+        how: dict[str, Any] = {
+            "scale": options.scale,
+            "positions": positions,
+            "window": options.window,
+            "softcap": options.softcap,
+        }
+        if len(q) == 1:
+            weights = decode_weights(q, pages, lse, **how)[0]
+        else:
+            weights = column_sums(q, pages, lse, decay=self.plan.needs.decay, **how)
+        return group_sum(weights, pages.lengths.shape[1])
+
+    def measure(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Note what a layer's attention did to the hidden states [tokens, hidden] of a step."""
+        if not self.generating:
+            total, tokens = self.layers[layer].similarity
+            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            self.layers[layer].similarity = (total + float(cosine.sum()), tokens + len(before))
+
+    def settle(self, n_tokens: int) -> None:
+        """Act on what a step has added: `n_tokens` tokens, counted by the cache already.
+
+        An action that finds no free page leaves things as they are and is tried again after the
+        next step.
+        """
+        self.count_attention(n_tokens)
+        was_generating = self.generating
+        self._done += n_tokens
+        at_end = self.generating and not was_generating
+        eviction.act(self, at_end=at_end)
+        stores.act(self, at_end=at_end)
+
+    @property
+    def generated(self) -> int:
+        """Generated tokens that are cached."""
+        return max(0, self._done - self.prompt_tokens)
+
+    def count_attention(self, n_tokens: int) -> None:
+        """Add the last step's attention to the side column."""
+        decay = self.plan.needs.decay
+        for i, layer in enumerate(self.layers):
+            if layer.sums is None:
+                continue
+            column = self.cache.column(i, ATTENTION)[..., 0]
+            if decay != 1.0:
+                column *= decay**n_tokens
+            self.cache.set_column(i, ATTENTION, (column + layer.sums)[..., None])
+            layer.sums = None
+
+    def encoded_lengths(self, layer: int) -> Tensor:
+        """Tokens of each head that lie in encoded pages, before its live ones, int64 [kv_heads]."""
+        return stores.encoded_lengths(self, layer)
+
+    def summary(self, layer: int, name: str) -> Tensor:
+        """A summary of every page that has one, [kv_heads, pages, width]."""
+        return stores.summary(self, layer, name)
+
+
+def columns(plan: Plan, shape: ModelShape) -> tuple[Field, ...]:
+    """What the live pages of a sequence under `plan` hold beside keys, values and positions."""
+    fields = []
+    if plan.needs.attention:
+        fields.append(Field(ATTENTION, torch.float32, 1))
+    if plan.evict is not None and plan.evict.in_cache_positions:
+        fields.append(Field(eviction.SHIFT, torch.int32, 1))
+    if plan.select is not None:
+        summaries = plan.select.summaries(shape.layers[0].k_dim, shape.dtype)
+        fields += [Field(c.name, c.dtype, c.width, c.rows) for c in summaries]
+    return tuple(fields)
