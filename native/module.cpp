@@ -87,11 +87,11 @@ void prefill_call(const std::string& isa, int threads, int dtype, int64_t tokens
                   int64_t v_token_stride, int64_t v_head_stride, uintptr_t data, int64_t page_size,
                   int64_t k_offset, int64_t v_offset, int64_t position_offset, uintptr_t tables,
                   int64_t tables_head_stride, uintptr_t lengths, int64_t lengths_head_stride,
-                  uintptr_t positions, int64_t window, float scale, float softcap, uintptr_t sinks,
-                  int64_t pattern_block, int64_t pattern_q_blocks, uintptr_t pattern_block_starts,
-                  uintptr_t pattern_blocks, uintptr_t pattern_column_starts,
-                  uintptr_t pattern_columns, uintptr_t pattern_window, uintptr_t pattern_full,
-                  uintptr_t out, uintptr_t lse) {
+                  uintptr_t positions, int64_t window, bool own, float scale, float softcap,
+                  uintptr_t sinks, int64_t pattern_block, int64_t pattern_q_blocks,
+                  uintptr_t pattern_block_starts, uintptr_t pattern_blocks,
+                  uintptr_t pattern_column_starts, uintptr_t pattern_columns,
+                  uintptr_t pattern_window, uintptr_t pattern_full, uintptr_t out, uintptr_t lse) {
   const PrefillArgs args{static_cast<DType>(dtype),
                          tokens,
                          q_heads,
@@ -112,6 +112,7 @@ void prefill_call(const std::string& isa, int threads, int dtype, int64_t tokens
                          lengths_head_stride,
                          at<const int64_t>(positions),
                          window,
+                         own,
                          scale,
                          softcap,
                          at<const float>(sinks),
@@ -225,10 +226,10 @@ NB_MODULE(_native, m) {
         "k_token_stride"_a, "k_head_stride"_a, "v"_a, "v_token_stride"_a, "v_head_stride"_a,
         "data"_a, "page_size"_a, "k_offset"_a, "v_offset"_a, "position_offset"_a, "tables"_a,
         "tables_head_stride"_a, "lengths"_a, "lengths_head_stride"_a, "positions"_a, "window"_a,
-        "scale"_a, "softcap"_a, "sinks"_a, "pattern_block"_a, "pattern_q_blocks"_a,
+        "own"_a, "scale"_a, "softcap"_a, "sinks"_a, "pattern_block"_a, "pattern_q_blocks"_a,
         "pattern_block_starts"_a, "pattern_blocks"_a, "pattern_column_starts"_a,
         "pattern_columns"_a, "pattern_window"_a, "pattern_full"_a, "out"_a, "lse"_a,
-        "Causal attention of a chunk; see prefill.h.");
+        "Attention of a chunk; see prefill.h.");
   m.def("observe", tamis::observe_call, "isa"_a, "threads"_a, "chunk"_a, "dtype"_a, "n"_a,
         "q_heads"_a, "kv_heads"_a, "k_dim"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "data"_a,
         "page_size"_a, "k_offset"_a, "position_offset"_a, "tables"_a, "tables_row_stride"_a,

@@ -1,4 +1,4 @@
-// Causal attention of a chunk of one sequence over its cached pages and itself.
+// Attention of a chunk of one sequence over its cached pages and, causally, over itself.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,7 @@ struct PrefillArgs {
   int64_t lengths_head_stride;
   const int64_t* positions;  // [tokens], ascending
   int64_t window;            // 0 for none
+  bool own;                  // whether the chunk sees itself; k and v are not read if not
   float scale, softcap;      // softcap 0 for none
   const float* sinks;        // [q_heads], or null
   Pattern pattern;

@@ -80,7 +80,7 @@ class PrefillKernel {
     }
     for (int64_t i = 0; i < whole_rows_ * v_pad_; ++i) sums_[i] = 0.0f;
     if (is_full(a_.pattern, work_.q_head)) {
-      add(0, length_ + work_.last);
+      add(0, length_ + (a_.own ? work_.last : 0));
     } else {
       for_each_run([this](int64_t begin, int64_t end) { add(begin, end); });
       attend();

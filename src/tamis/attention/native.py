@@ -100,6 +100,7 @@ def prefill(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     pattern: SparsePattern | None = None,
+    own: bool = True,
     isa: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.prefill`, whose docstring holds, for tensors on the CPU.
@@ -150,6 +151,7 @@ def prefill(
         v_head_stride=v.stride(1),
         positions=positions.data_ptr(),
         window=window or 0,
+        own=own,
         scale=scale,
         softcap=softcap or 0.0,
         sinks=sinks.data_ptr() if sinks is not None else 0,

@@ -1,4 +1,4 @@
-"""Attention of one sequence's new chunk of tokens over its cached pages and itself."""
+"""Attention of one sequence's chunk of tokens over its cached pages and, if asked, itself."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def prefill(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     pattern: SparsePattern | None = None,
+    own: bool = True,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of a chunk of one sequence over what preceded it and over itself.
+    """Causal attention of a chunk of one sequence over what preceded it and, if `own`, over itself.
 
     out = softmax(softcap tanh(scale q K^T / softcap)) V over the visible tokens, where query head
     `h` reads KV head `h // (q_heads // kv_heads)`; without `softcap` the scores are scale q K^T.
@@ -36,8 +37,9 @@ def prefill(
 
     Args:
         q: the chunk's queries, [tokens, q_heads, k_dim], fp32, fp16 or bf16.
-        k: the chunk's keys, [tokens, kv_heads, k_dim], q's dtype.
-        v: the chunk's values, [tokens, kv_heads, v_dim], q's dtype.
+        k: the chunk's keys, [tokens, kv_heads, k_dim], q's dtype. Without `own` they are not read
+            and may also be [0, kv_heads, k_dim].
+        v: the chunk's values, [tokens or 0 like k, kv_heads, v_dim], q's dtype.
         past: one row of pages with what precedes the chunk, per head as long as it may be; None
             for nothing. All of it is visible but for the window.
         scale: factor of the products of queries and keys.
@@ -46,6 +48,8 @@ def prefill(
         softcap: bound of the scores; None for no bound.
         sinks: one logit per query head that joins the softmax's denominator only, [q_heads].
         pattern: which of the visible (query, key) pairs are computed; None for all.
+        own: whether the queries also see the chunk, causally. Without it they see `past` only: one
+            part of an attention that `merge_states` completes.
         backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
 
     Returns:
@@ -54,7 +58,7 @@ def prefill(
         has out zero and lse -inf (or its sink).
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not fit together, or `pattern` is given without `own`.
         ConfigError: `backend` is unknown or cannot run here.
 
     Example:
@@ -65,9 +69,11 @@ def prefill(
         >>> torch.allclose(out[0, :2], v[0, :1])  # the first token sees only itself
         True
     """
-    _check(q, k, v, past)
+    _check(q, k, v, past, own)
     check_options(q, positions, window, softcap, sinks)
     check_pattern(q, pattern)
+    if pattern is not None and not own:
+        raise ValueError("a pattern lists keys of the chunk too, so own must be True with one")
     operands = (q, k, v) if past is None else (q, k, v, past.data)
     extension = native_for(backend, *operands)
     run = partial(native.prefill, extension) if extension is not None else reference.prefill
@@ -82,14 +88,20 @@ def prefill(
         softcap=softcap,
         sinks=sinks,
         pattern=pattern,
+        own=own,
     )
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: PagedKV | None) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: PagedKV | None, own: bool
+) -> None:
     """Raise ValueError unless the chunk's tensors fit together and fit `past`."""
     if (
         q.dim() != 3
-        or k.shape != (q.shape[0], k.shape[1], q.shape[2])
+        or k.dim() != 3
+        or k.shape[2] != q.shape[2]
+        or (k.shape[0] != q.shape[0] and (own or k.shape[0] != 0))
+        or v.dim() != 3
         or v.shape[:2] != k.shape[:2]
         or q.shape[1] % k.shape[1]
         or not q.dtype == k.dtype == v.dtype
@@ -98,7 +110,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: PagedKV | No
         raise ValueError(
             "prefill needs q [tokens, q_heads, k_dim], k [tokens, kv_heads, k_dim] and "
             "v [tokens, kv_heads, v_dim] of one dtype of float32, float16, bfloat16, "
-            "q_heads a multiple of kv_heads; got "
+            "q_heads a multiple of kv_heads (and with own=False perhaps no tokens of k and v); got "
             f"q {q.dtype} {list(q.shape)}, k {k.dtype} {list(k.shape)}, v {v.dtype} {list(v.shape)}"
         )
     if past is not None:

@@ -91,6 +91,7 @@ def prefill(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     pattern: SparsePattern | None = None,
+    own: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`tamis.attention.prefill`, whose docstring holds."""
     tokens, q_heads, _ = q.shape
@@ -99,7 +100,7 @@ def prefill(
     for start in range(0, tokens, QUERY_TILE):
         rows = slice(start, min(start + QUERY_TILE, tokens))
         out[rows], lse[rows] = _prefill_tile(
-            q, k, v, past, rows, scale, positions, window, softcap, sinks, pattern
+            q, k, v, past, rows, scale, positions, window, softcap, sinks, pattern, own
         )
     return out, lse
 
@@ -116,6 +117,7 @@ def _prefill_tile(
     softcap: float | None,
     sinks: torch.Tensor | None,
     pattern: SparsePattern | None,
+    own: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out [queries, q_heads, v_dim] and lse, both fp32, of the chunk's queries `rows`."""
     kv_heads, q_heads = k.shape[1], q.shape[1]
@@ -126,8 +128,10 @@ def _prefill_tile(
     out = grouped.new_zeros(*grouped.shape[:-1], v.shape[2])
     lse = grouped.new_full(grouped.shape[:-1], -torch.inf)
     lengths = past.lengths[0].tolist() if past is not None else [0] * kv_heads
-    own = _own_parts(k, v, positions, at, oldest, lengths)
-    parts = chain(_past_parts(past, oldest), own) if past is not None else own
+    parts = chain(
+        _past_parts(past, oldest) if past is not None else (),
+        _own_parts(k, v, positions, at, oldest, lengths) if own else (),
+    )
     for keys, values, visible, first_keys in parts:
         if pattern is not None:
             visible = visible & _listed(pattern, rows, first_keys, keys.shape[2], lengths)
