@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import combinations
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from tamis.errors import PlanError
 from tamis.methods.base import (
@@ -61,7 +61,7 @@ class Plan:
         ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
         object.__setattr__(self, "methods", tuple(ordered))
         for first, second in combinations(ordered, 2):
-            reason = _why_not(first, second)
+            reason = _why_not(first, second, self.evict)
             if reason is not None:
                 raise PlanError(
                     f"{first.method_name()} and {second.method_name()} cannot be composed: {reason}"
@@ -130,12 +130,7 @@ class Plan:
     @cached_property
     def evict(self) -> Evict | None:
         """The eviction: the plan's own, else the one that its merging or pruning method brings."""
-        own = self._of(Evict)
-        if own is None and self.merge is not None:
-            return self.merge.eviction()
-        if own is None and self.tokens is not None:
-            return self.tokens.eviction()
-        return own
+        return _eviction(self.methods)
 
     @cached_property
     def prefill(self) -> Prefill | None:
@@ -179,14 +174,34 @@ class Plan:
 
     def _of(self, kind: type[_M]) -> _M | None:
         """The plan's method of one stage."""
-        return next((method for method in self.methods if isinstance(method, kind)), None)
+        return _of(kind, self.methods)
+
+
+def conflict(first: Method, second: Method) -> str | None:
+    """Why a plan of these two methods is impossible, in a clause; None if they compose."""
+    one, other = sorted((first, second), key=lambda method: STAGES.index(method.stage))
+    return _why_not(one, other, _eviction((one, other)))
+
+
+def _of(kind: type[_M], methods: Sequence[Method]) -> _M | None:
+    """The method of one stage."""
+    return next((method for method in methods if isinstance(method, kind)), None)
+
+
+def _eviction(methods: Sequence[Method]) -> Evict | None:
+    """The eviction of a plan of these methods."""
+    own = _of(Evict, methods)
+    if own is not None:
+        return own
+    brings = _of(Merge, methods) or _of(Tokens, methods)
+    return brings.eviction() if brings is not None else None
 
 
 def _parse(text: str) -> Iterable[Method]:
     """The methods that a string names."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise PlanError(
             f"{text!r} is not a plan; write e.g. 'snapkv(budget=0.1) + kivi(bits=2)'"
         ) from error
@@ -219,14 +234,16 @@ def _method(term: ast.expr, text: str) -> Method:
     for keyword in call.keywords if call is not None else []:
         if keyword.arg not in known:
             near = difflib.get_close_matches(keyword.arg or "", known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise PlanError(
-                f"{kind.method_name()} has no parameter {keyword.arg!r}{hint} "
-                f"It has: {', '.join(known) or 'none'}"
+                f"{kind.method_name()} has no parameter {keyword.arg!r}; {hint}"
+                f"it has: {', '.join(known) or 'none'}"
             )
+        if keyword.arg in values:
+            raise PlanError(f"{ast.unparse(term)!r} gives {keyword.arg} twice")
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise PlanError(
                 f"{ast.unparse(term)!r}: {ast.unparse(keyword.value)!r} is not a number, True, "
                 "False or a quoted string"
@@ -234,72 +251,121 @@ def _method(term: ast.expr, text: str) -> Method:
     return kind(**values)
 
 
-def _why_not(first: Method, second: Method) -> str | None:
-    """Why two methods, in the order of their stages, cannot be composed; None if they can."""
+def _why_not(first: Method, second: Method, evict: Evict | None) -> str | None:
+    """Why two methods, in the order of their stages, cannot be composed; None if they can.
+
+    Args:
+        first, second: of one plan.
+        evict: that plan's eviction.
+    """
     if first.stage == second.stage:
         return f"both decide the stage '{first.stage}', and a plan has one method per stage"
     own = first.conflict(second) or second.conflict(first)
     if own is not None:
         return own
-    for (one, other), (applies, reason) in _RULES.items():
+    for rule in _RULES:
         for a, b in ((first, second), (second, first)):
-            if a.stage == one and (other == "*" or b.stage in other.split()) and applies(a, b):
-                return reason.format(a=a.method_name(), b=b.method_name())
+            if a.stage == rule.stage and b.stage in rule.others and rule.applies(a, b, evict):
+                return rule.reason.format(a=a.method_name(), b=b.method_name())
     return None
 
 
-def _always(a: Method, b: Method) -> bool:
+def _always(a: Method, b: Method, evict: Evict | None) -> bool:
     return True
 
 
-def _goes_on(a: Method, b: Method) -> bool:
-    """Whether the second evicts while tokens are generated."""
-    evict = b.eviction() if isinstance(b, Merge) else b
-    return isinstance(evict, Evict) and evict.interval is not None
+def _goes_on(a: Method, b: Method, evict: Evict | None) -> bool:
+    """Whether the second brings the plan's eviction, and that acts while tokens are generated."""
+    brought = b.eviction() if isinstance(b, Merge | Tokens) else b
+    return evict is not None and brought == evict and evict.interval is not None
 
 
-_Rule = tuple[Any, str]
+def _budget_without_use(a: Method, b: Method, evict: Evict | None) -> bool:
+    """Whether a merging method is given a budget, of which only its own eviction would know."""
+    merge = cast(Merge, a)
+    return merge.eviction().budget != type(merge)().eviction().budget
 
-_RULES: dict[tuple[str, str], _Rule] = {
-    ("share", "tokens evict budget merge heads codec select place"): (
+
+class _Rule(NamedTuple):
+    """Methods of one stage that do not compose with methods of some others.
+
+    Attributes:
+        stage, others: the stages, of methods called a and b.
+        applies: whether it holds for a, b and the eviction of their plan.
+        reason: why, in a clause that names {a} and {b}.
+    """
+
+    stage: str
+    others: tuple[str, ...]
+    applies: Callable[[Method, Method, Evict | None], bool]
+    reason: str
+
+
+_RULES = (
+    _Rule(
+        "share",
+        ("tokens", "evict", "budget", "merge", "heads", "codec", "select", "place"),
         _always,
         "{a} stores two layers' tokens together, so both must hold the same exact tokens, "
         "which {b} does not leave them",
     ),
-    ("place", "tokens evict budget merge heads codec select"): (
+    _Rule(
+        "place",
+        ("tokens", "evict", "budget", "merge", "heads", "codec", "select"),
         _always,
         "{a} moves full pages to host memory as they fill, and {b} works on pages on the device",
     ),
-    ("codec", "evict merge"): (
+    _Rule(
+        "codec",
+        ("tokens", "evict", "merge"),
         _goes_on,
         "{b} goes on evicting single tokens while it generates, and a token cannot leave the "
         "pages that {a} has encoded",
     ),
-    ("codec", "select"): (
-        lambda a, b: cast(Select, b).reads_tokens,
+    _Rule(
+        "codec",
+        ("select",),
+        lambda a, b, evict: cast(Select, b).reads_tokens,
         "{b} reads single tokens, and what {a} has encoded is read by whole pages",
     ),
-    ("select", "evict merge"): (
+    _Rule(
+        "select",
+        ("tokens", "evict", "merge"),
         _goes_on,
         "{b} judges tokens while it generates, and {a} does not read them all",
     ),
-    ("draft", "evict merge"): (
+    _Rule(
+        "draft",
+        ("tokens", "evict", "merge"),
         _goes_on,
         "{b} evicts with every generated token, and {a} generates several at once of which some "
         "are taken back",
     ),
-    ("draft", "heads select"): (
+    _Rule(
+        "draft",
+        ("heads", "select"),
         _always,
         "{b} decides for one query at a time, and {a} verifies many at once",
     ),
-    ("tokens", "evict merge budget heads codec select draft"): (
-        lambda a, b: cast(Tokens, a).steps,
+    _Rule(
+        "tokens",
+        ("evict", "merge", "budget", "heads", "codec", "select", "draft"),
+        lambda a, b, evict: cast(Tokens, a).steps,
         "{a} brings tokens back into layers that had left them out, and {b} expects every token's "
         "place in the cache to be settled",
     ),
-    ("tokens", "evict merge budget heads"): (
-        lambda a, b: cast(Tokens, a).eviction() is not None,
+    _Rule(
+        "tokens",
+        ("evict", "merge", "budget", "heads"),
+        lambda a, b, evict: cast(Tokens, a).eviction() is not None,
         "{a} decides itself what its layers keep",
     ),
-}
-"""Pairs of stages that do not compose: when, and why."""
+    _Rule(
+        "merge",
+        ("evict",),
+        _budget_without_use,
+        "the budget of {a} is that of the eviction it brings, and here {b} evicts; "
+        "give {b} the budget",
+    ),
+)
+"""Pairs of methods that do not compose: when, and why."""

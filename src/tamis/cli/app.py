@@ -17,6 +17,7 @@ from tamis.cli.bench import bench
 from tamis.cli.demo import demo
 from tamis.cli.info import info
 from tamis.cli.lm_eval import lm_eval
+from tamis.cli.methods import methods
 from tamis.cli.run import run
 from tamis.cli.train import train
 from tamis.errors import TamisError
@@ -52,6 +53,7 @@ app.command()(run)
 app.command()(info)
 app.command()(demo)
 app.command()(bench)
+app.command()(methods)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     lm_eval
 )

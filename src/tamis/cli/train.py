@@ -1,4 +1,4 @@
-"""`tamis train`: the models that tamis makes itself."""
+"""`tamis train`: the models that tamis makes itself, and what methods learn about any model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tamis.cli import options, terminal
+from tamis.cli import options, terminal, train_methods
 from tamis.errors import ConfigError, ModelError
 
 INTERRUPTED = 130
@@ -18,7 +18,7 @@ INTERRUPTED = 130
 train = typer.Typer(
     name="train",
     no_args_is_help=True,
-    help="Train the small model that ships with tamis, export it, measure it.",
+    help="Train the small model that ships with tamis, or fit a method to any model.",
 )
 
 Run = Annotated[
@@ -114,6 +114,11 @@ def evaluate(
     """Measure what an exported model can do, and write the scores into its model card."""
     terminal.quiet_logs(debug)
     _evaluate(model, quick)
+
+
+train.command()(train_methods.razorattention)
+train.command()(train_methods.duoattention)
+train.command()(train_methods.minference)
 
 
 def _export(run: Path, out: Path) -> None:

@@ -24,6 +24,8 @@ Third parties register a class under the entry-point group `tamis.methods`.
 
 from __future__ import annotations
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
@@ -50,6 +52,8 @@ from tamis.methods.views import (
 if TYPE_CHECKING:
     from tamis.attention.pattern import SparsePattern
     from tamis.plan import Plan
+
+_LARGEST = int(sys.float_info.max)
 
 STAGES = (
     "prefill",
@@ -80,7 +84,8 @@ def param(
 
     Args:
         default: the paper's. Its type is the parameter's type: an int is accepted for a float, and
-            a parameter annotated `int | float` takes both.
+            a parameter annotated `int | float` takes both: a count, or as a decimal a share of at
+            most 1.0.
         help: one line for `tamis methods NAME`.
         minimum, maximum: the range, both included; above: an excluded lower bound.
         choices: the only values allowed.
@@ -135,7 +140,7 @@ class Method(ABC):
         """The plan of both."""
         from tamis.plan import Plan  # plans are made of methods
 
-        return Plan((self,)) + other
+        return Plan((self, *Plan.parse(other).methods))
 
     @classmethod
     def method_name(cls) -> str:
@@ -145,7 +150,11 @@ class Method(ABC):
     def __str__(self) -> str:
         """The method as a plan writes it: parameters that differ from their defaults."""
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        changed = (f"{name}={value!r}" for name, value, default in values if value != default)
+        changed = (
+            f"{name}={value!r}"
+            for name, value, default in values
+            if (type(value), value) != (type(default), default)  # 1 token is not 1.0 of all
+        )
         return f"{self.method_name()}({', '.join(changed)})"
 
     def _checked(self, declared: Any) -> Any:
@@ -153,7 +162,7 @@ class Method(ABC):
         where = f"{self.method_name()}({declared.name}={value!r})"
         kinds = (int, float) if "|" in str(declared.type) else (type(default),)
         if float in kinds and int not in kinds and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) <= _LARGEST else math.inf
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise PlanError(f"{where}: {declared.name} must be of type {names}")
@@ -163,8 +172,10 @@ class Method(ABC):
                 f"{where}: {declared.name} must be one of {', '.join(map(repr, choices))}"
             )
         minimum, maximum, above = meta.get("minimum"), meta.get("maximum"), meta.get("above")
-        if declared.name == "budget" and isinstance(value, float):
-            maximum = 1.0
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PlanError(f"{where}: {declared.name} must be a finite number")
+        if isinstance(value, float) and int in kinds:
+            maximum = 1.0  # of something that is counted, a decimal is a share
         if minimum is not None and not value >= minimum:
             raise PlanError(f"{where}: {declared.name} must be at least {minimum}")
         if above is not None and not value > above:

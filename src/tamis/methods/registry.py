@@ -6,6 +6,7 @@ import difflib
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import isabstract
 
 from tamis.errors import PlanError
 from tamis.methods.base import STAGES, Method
@@ -57,14 +58,28 @@ def methods() -> dict[str, type[Method]]:
             raise PlanError(
                 f"the method {entry.name!r} ({entry.value}) cannot be loaded: {error}"
             ) from error
-        if not (isinstance(method, type) and issubclass(method, Method)):
-            raise PlanError(f"the entry point {entry.name!r} ({entry.value}) is not a method class")
+        wrong = _why_no_method(method)
+        if wrong is not None:
+            raise PlanError(f"the entry point {entry.name!r} ({entry.value}) {wrong}")
         if method.method_name() in found:
             raise PlanError(
                 f"{entry.value} registers the method {method.method_name()!r} a second time"
             )
         found[method.method_name()] = method
     return dict(sorted(found.items(), key=lambda item: STAGES.index(item[1].stage)))
+
+
+def _why_no_method(loaded: object) -> str | None:
+    """What is wrong with what an entry point names, in a clause; None if it is a method."""
+    if not (isinstance(loaded, type) and issubclass(loaded, Method)):
+        return "is not a method class; derive it from a stage's class in tamis.methods.base"
+    if isabstract(loaded):
+        return f"does not define {', '.join(sorted(loaded.__abstractmethods__))}"
+    if "__dataclass_fields__" not in vars(loaded):
+        return "is not a dataclass; put @dataclass(frozen=True) before it"
+    if not hasattr(loaded, "paper"):
+        return "names no paper; give it `paper: ClassVar[str] = ...`"
+    return None
 
 
 def method_class(name: str) -> type[Method]:
@@ -76,6 +91,6 @@ def method_class(name: str) -> type[Method]:
     known = methods()
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"unknown method {name!r}{hint} `tamis methods` lists all")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PlanError(f"unknown method {name!r}; {hint}`tamis methods` lists all")
     return known[name.lower()]
