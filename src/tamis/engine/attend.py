@@ -15,11 +15,10 @@ from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.attention.reference import gather, gather_kv
 from tamis.attention.reference import tiles as tile_spans
 from tamis.cache import BatchView, PagedKV
-from tamis.engine import stores
+from tamis.engine import inspection, stores
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.patterns import streaming_pattern
 from tamis.engine.reads import narrowed
-from tamis.engine.trace import ReadStep
 from tamis.engine.views import DecodeQuery, LayerOptions, PromptChunk
 
 State = tuple[Tensor, Tensor]
@@ -119,9 +118,8 @@ class StepAttention:
         start, end = self._spans[i]
         own = slice(start, end)
         pages = self._view.pages(layer, i, i + 1, with_new=True)
-        if life.trace is not None and i < self._n_plain:
-            lengths = tuple(pages.lengths[0].tolist())
-            life.trace.reads.append(ReadStep(life.generated, layer, lengths, lengths))
+        if i < self._n_plain:
+            inspection.note_decode(life, layer, pages, pages)
         life.observe(layer, q[own], v[own], lse[own], pages, self._positions[own])
 
     def _decode_one(
@@ -145,8 +143,7 @@ class StepAttention:
             listed = TokenList(chosen.tokens[None].int(), real.sum(1)[None].int())
         state = _decode(q, live, options, at, listed)
         state = self._with_stores(life, layer, q, state, options, encoded)
-        if life.trace is not None:
-            self._record(life, layer, pages, live, listed, encoded)
+        inspection.note_decode(life, layer, pages, live, listed, encoded)
         if chosen is not None and chosen.rest is not None and chosen.rest_weight is not None:
             out, lse = state
             group = q.shape[1] // len(chosen.rest)
@@ -188,15 +185,16 @@ class StepAttention:
                 q, [part], v.shape[2], scale=options.scale, softcap=options.softcap
             )
             state = _merged(state, grown)
+            if life is not None:
+                inspection.note_chunk(life, layer, past.lengths[0], len(q))
         else:
             pattern = self._pattern(life, layer, i, q, at)
             state = prefill(
                 q, k, v, past, positions=at, sinks=options.sinks, pattern=pattern, **how
             )
             if life is not None and life.trace is not None:
-                pairs = len(q) * (past.lengths.float().mean().item() + (len(q) + 1) / 2)
                 share = 1.0 if pattern is None else pattern.density(past.lengths[0], len(q))
-                life.trace.count_pairs(layer, share * pairs, pairs)
+                inspection.note_chunk(life, layer, past.lengths[0], len(q), share)
         if life is not None:
             state = self._with_stores(life, layer, q, state, options, None)
         return state
@@ -246,36 +244,6 @@ class StepAttention:
             state = _merged(state, part)
         return state
 
-    def _record(
-        self,
-        life: Lifecycle,
-        layer: int,
-        pages: PagedKV,
-        live: PagedKV,
-        listed: TokenList | None,
-        encoded: Tensor | None,
-    ) -> None:
-        """Note what a decode step read."""
-        assert life.trace is not None
-        before = life.encoded_lengths(layer)
-        cached = (pages.lengths[0] + before).tolist()
-        read = live.lengths[0] if listed is None else listed.counts[0]
-        numbers = None
-        if encoded is None:
-            read = read + before
-        else:
-            size = pages.format.page_size
-            held = (before // size)[:, None]
-            read = read + ((encoded >= 0) & (encoded < held)).sum(1) * size
-            total = -(-torch.tensor(cached) // size)[:, None]
-            numbers = tuple(
-                tuple(row[(row >= 0) & (row < n)].tolist())
-                for row, n in zip(encoded.cpu(), total, strict=True)
-            )
-        life.trace.reads.append(
-            ReadStep(life.generated, layer, tuple(read.tolist()), tuple(cached), numbers)
-        )
-
 
 def _decode(
     q: Tensor,
@@ -310,6 +278,7 @@ def _attend_seen(
     assert life.sees is not None
     held = life.aside.held[layer]
     seen = torch.cat([torch.isin(held, life.sees), torch.ones(len(q), dtype=torch.bool)])
+    inspection.note_seen(life, layer, int(seen.sum()) - len(q), len(q))
 
     def tiles() -> Iterator[KVPart]:
         for start, stop in tile_spans(pages):

@@ -100,6 +100,8 @@ class Lifecycle:
         self.sees: Tensor | None = None
         self.shift_keys = shift_keys
         self.trace = trace
+        if trace is not None:
+            trace.restart()
         self._done = 0  # tokens that have been settled
         self.owes_eviction = False
         stores.declare(self)

@@ -169,10 +169,10 @@ class Scheduler:
         return prompt_bytes(self.cache, self.shape, plan, sequence.n_prompt, self.max_batch_tokens)
 
     def _open(self, sequence: Sequence) -> None:
-        """Give a sequence an empty cache and, under a plan, its life and its program."""
+        """Give a sequence an empty cache and, under a plan or a trace, its life and program."""
         plan = sequence.request.plan
         sequence.cache = self.cache.new_sequence(columns(plan, self.shape))
-        if plan.dense:
+        if plan.dense and sequence.request.trace is None:
             return
         sequence.life = Lifecycle(
             plan,

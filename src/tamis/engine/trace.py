@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from tamis.cache.pool import IntArray
+
+LIVE = "live"
+"""What `Trace.bytes` calls pages of exact keys and values; others go by their store's name."""
 
 
 @dataclass(frozen=True)
 class ReadStep:
-    """What one generated token read of one layer.
+    """What one step after the prompt read of one layer.
 
     Attributes:
-        step: which generated token, from 0.
+        step: tokens generated and cached before it, 0 for the step after the prompt's last. A step
+            that verifies a draft caches several.
         layer: the layer.
-        tokens: tokens read, per KV head; cached: tokens that could be read, per KV head.
-        pages: with page selection, the pages read of each KV head; None where all were read.
+        tokens: tokens read, per KV head, the step's own among them.
+        cached: tokens that could be read, per KV head.
+        pages: the pages that something was read of, per KV head ascending, where a method selects;
+            None where none does. Numbers count the pages of the head's cache, encoded ones first.
     """
 
     step: int
@@ -27,29 +33,33 @@ class ReadStep:
 
 @dataclass
 class Trace:
-    """Everything recorded about one sequence.
+    """Everything recorded about one sequence; `positions` and what follows only at its end.
 
     Attributes:
-        density: per layer, pairs of queries and keys that the prompt computed, and all causal ones.
-        reads: per decode step and layer.
-        positions: at the end, per layer and KV head the absolute positions in the cache, ascending.
-        budgets: tokens per head that a budget method allotted, [layers][kv_heads]; None without.
-        bytes: at the end, per layer the bytes of its pages by the name of their format.
+        pairs: per layer the pairs of queries and keys that the prompt's attention computed, the
+            mean of the heads.
+        reads: in the order of the steps.
+        positions: per layer and KV head the numbers of the tokens that the cache holds, ascending,
+            int32: prompt tokens from 0, generated ones after them.
+        budgets: tokens that each KV head may keep, per layer; None in plans that set no budget.
+        bytes: per layer the bytes of its pages by what they are; of pages that layers share, each
+            has its part.
+        dense_bytes: per layer the bytes of exact attention for the same tokens.
     """
 
-    density: dict[int, list[float]] = field(default_factory=dict)
+    pairs: dict[int, float] = field(default_factory=dict)
     reads: list[ReadStep] = field(default_factory=list)
-    positions: list[list[list[int]]] = field(default_factory=list)
+    positions: list[list[IntArray]] = field(default_factory=list)
     budgets: list[list[int]] | None = None
     bytes: list[dict[str, int]] = field(default_factory=list)
+    dense_bytes: list[int] = field(default_factory=list)
 
-    def count_pairs(self, layer: int, computed: float, causal: float) -> None:
-        """Add a chunk's pairs of queries and keys."""
-        pairs = self.density.setdefault(layer, [0.0, 0.0])
-        pairs[0] += computed
-        pairs[1] += causal
+    def restart(self) -> None:
+        """Forget everything: the sequence is computed again from its first token."""
+        for recorded in (self.pairs, self.reads, self.positions, self.bytes, self.dense_bytes):
+            recorded.clear()
+        self.budgets = None
 
-    def settle_budgets(self, budgets: Tensor | None, kv_heads: list[int]) -> None:
-        """Note the budgets [layers, heads], without what pads them."""
-        if budgets is not None:
-            self.budgets = [row[:n].tolist() for row, n in zip(budgets, kv_heads, strict=True)]
+    def count_pairs(self, layer: int, pairs: float) -> None:
+        """Add a chunk's pairs of queries and keys, the mean of the heads."""
+        self.pairs[layer] = self.pairs.get(layer, 0.0) + pairs
