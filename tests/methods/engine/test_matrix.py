@@ -17,7 +17,7 @@ from tests.methods.engine.plans import CASES, LONG, pair, pairs
 NEW_TOKENS = 20
 PARAMS = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1)
 COMPOSED, REFUSED = pairs()
-SAMPLE = 5
+SAMPLE = 8
 """Every so many pairs one runs in the fast tests too."""
 
 
@@ -78,7 +78,7 @@ def test_long_plans_run(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [2048, 40], ids=["whole", "chunked"])
-@pytest.mark.parametrize("model", ["gemma3", "gpt-oss"])
+@pytest.mark.parametrize("model", ["gemma3", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_methods_run_beside_sliding_windows(
     name: str,
