@@ -13,17 +13,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tamis.inspection import Inspection as Inspection
     from tamis.llm import LLM as LLM
     from tamis.llm import AsyncLLM as AsyncLLM
     from tamis.plan import Plan as Plan
     from tamis.sampling import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "Plan", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "Inspection", "Plan", "SamplingParams", "__version__"]
 
 _HOME = {
     "LLM": "tamis.llm",
     "AsyncLLM": "tamis.llm",
+    "Inspection": "tamis.inspection",
     "Plan": "tamis.plan",
     "SamplingParams": "tamis.sampling",
 }

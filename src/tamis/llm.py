@@ -28,7 +28,10 @@ from rich.progress import (
 from tamis.engine.engine import Engine
 from tamis.engine.outputs import Increment, RequestOutput
 from tamis.engine.scheduler import Preemption
+from tamis.engine.trace import Trace
 from tamis.errors import ConfigError, RequestError
+from tamis.inspection import Inspection
+from tamis.inspection.assemble import assemble
 from tamis.model import Model, load_model
 from tamis.plan import Plan
 from tamis.platform import available_memory, format_bytes, parse_bytes
@@ -203,9 +206,41 @@ class LLM:
         finally:
             self._drop(request_id)
 
-    def _add(self, prompt: Prompt, params: SamplingParams, plan: Plan) -> str:
+    def inspect(
+        self, prompt: Prompt, plan: str | Plan | None = None, params: SamplingParams | None = None
+    ) -> Inspection:
+        """Run one prompt to its end, and see what the plan did: which tokens each layer and KV
+        head kept, in how many bytes, and what was computed and read.
+
+            llm.inspect(prompt, "snapkv(budget=0.1)").to_html("page.html", highlight="the answer")
+
+        Args:
+            prompt: a text or a list of token ids.
+            plan: None is the `LLM`'s own.
+            params: of one completion.
+
+        Raises:
+            RequestError: `params.n` is not 1, or the request failed. And as `generate`.
+        """
+        params, its_plan = params or SamplingParams(), self.plan if plan is None else plan
+        if params.n != 1:
+            raise RequestError(f"an inspection follows one completion; n={params.n} must be 1")
+        its_plan, trace = Plan.parse(its_plan), Trace()
+        request_id = self._add(prompt, params, its_plan, trace)
+        try:
+            with _Progress(self.engine, [request_id], sys.stderr.isatty()) as bar:
+                output = self._finish(request_id, bar)
+        finally:
+            self._drop(request_id)
+        if output.error is not None:
+            raise RequestError(f"the request failed: {output.error}")
+        return assemble(self.model, self.engine.layout.page_size, its_plan, trace, output)
+
+    def _add(
+        self, prompt: Prompt, params: SamplingParams, plan: Plan, trace: Trace | None = None
+    ) -> str:
         tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
-        request_id = self.engine.add_request(tokens, params, plan)
+        request_id = self.engine.add_request(tokens, params, plan, trace=trace)
         self._inboxes[request_id] = []
         return request_id
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path, PurePath
 
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
+from tamis import files
 from tamis.bench.figures import styles
 from tamis.bench.record import Record
 from tamis.bench.sections import overview, sections
 from tamis.bench.summary import Summary
-from tamis.errors import ConfigError
 
 
 def check_writable(path: Path) -> None:
@@ -21,15 +20,7 @@ def check_writable(path: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {path}: {error.strerror}") from error
+    files.check_writable(path, "the report")
 
 
 def write_report(path: Path, record: Record, summary: Summary, depths: int) -> None:
@@ -41,13 +32,7 @@ def write_report(path: Path, record: Record, summary: Summary, depths: int) -> N
     Raises:
         ConfigError: it cannot be written.
     """
-    html = render(record, summary, depths)
-    try:
-        partial = _partial(path)
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {path}: {error.strerror}") from error
+    files.write_whole(path, render(record, summary, depths), "the report")
 
 
 def render(record: Record, summary: Summary, depths: int) -> str:
@@ -64,7 +49,3 @@ def render(record: Record, summary: Summary, depths: int) -> str:
         failed=summary.failed,
         plotly=get_plotlyjs(),
     )
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -16,6 +16,7 @@ from tamis.cli import terminal
 from tamis.cli.bench import bench
 from tamis.cli.demo import demo
 from tamis.cli.info import info
+from tamis.cli.inspect import inspect
 from tamis.cli.lm_eval import lm_eval
 from tamis.cli.methods import methods
 from tamis.cli.run import run
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(info)
+app.command()(inspect)
 app.command()(demo)
 app.command()(bench)
 app.command()(methods)

@@ -57,6 +57,27 @@ OptionalModel = Annotated[
     ),
 ]
 
+PromptFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text to read, UTF-8; - is standard input.")
+]
+
+PromptText = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The text itself; - is standard input.")
+]
+
+Question = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What to ask, put after the text.")
+]
+
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Wrap the prompt in the model's chat template; by default where it has one.",
+        show_default=False,
+    ),
+]
+
 Plan = Annotated[
     str, typer.Option(metavar="PLAN", help="What becomes of the KV cache; dense keeps all of it.")
 ]

@@ -15,21 +15,16 @@ from tamis.errors import RequestError
 
 if TYPE_CHECKING:
     from tamis.engine.outputs import Increment, RequestMetrics
+    from tamis.llm import LLM
 
 STDIN = "-"
 
 
 def run(
     model: options.Model,
-    prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text to read, UTF-8; - is standard input.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The text itself; - is standard input.")
-    ] = None,
-    question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to ask, put after the text.")
-    ] = None,
+    prompt_file: options.PromptFile = None,
+    prompt: options.PromptText = None,
+    question: options.Question = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")] = 256,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 always takes the most probable token.")
@@ -47,14 +42,7 @@ def run(
         list[str] | None,
         typer.Option(metavar="TEXT", help="End at this text; may be given several times."),
     ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Wrap the prompt in the model's chat template; by default where it has one.",
-            show_default=False,
-        ),
-    ] = None,
+    chat: options.Chat = None,
     plan: options.Plan = "dense",
     dtype: options.Dtype = "auto",
     kv_memory: options.KVMemory = "4GiB",
@@ -88,8 +76,7 @@ def run(
     llm = LLM(
         model, plan=its_plan, dtype=dtype, kv_memory=kv_memory, max_batch_tokens=max_batch_tokens
     )
-    wrap = llm.has_chat_template if chat is None else chat
-    tokens = llm.encode_chat([{"role": "user", "content": text}]) if wrap else llm.encode(text)
+    tokens = encode_prompt(llm, text, chat)
     answer = _Answer(len(tokens), live=not as_json)
     try:
         increments = llm.stream(tokens, params)
@@ -125,6 +112,17 @@ def read_prompt(prompt: str | None, prompt_file: str | None, question: str | Non
     if not parts:
         raise RequestError("no prompt; give --prompt-file FILE, --prompt TEXT or --question TEXT")
     return "\n\n".join(parts)
+
+
+def encode_prompt(llm: LLM, text: str, chat: bool | None) -> list[int]:
+    """The token ids of a prompt, in the model's chat template where it has one or `chat` says so.
+
+    Raises:
+        RequestError: the model has no tokenizer, or `chat` asks for a template that is not there.
+    """
+    if llm.has_chat_template if chat is None else chat:
+        return llm.encode_chat([{"role": "user", "content": text}])
+    return llm.encode(text)
 
 
 def read_text(path: str) -> str:

@@ -100,7 +100,8 @@ def finish(trace: Trace, life: Lifecycle) -> None:
     if cache.swapped:
         return
     trace.budgets = _budgets(life)
-    n_tokens = cache.next_position + life.position_shift
+    # Beyond these may lie the draft of a step that was the last.
+    n_tokens = life.prompt_tokens + life.generated
     for i, layer in enumerate(shape.layers):
         numbers = [_numbers(life, i, head, n_tokens) for head in range(layer.kv_heads)]
         trace.positions.append(numbers)
@@ -158,7 +159,8 @@ def _numbers(life: Lifecycle, layer: int, head: int, n_tokens: int) -> IntArray:
         parts.append(_stored(life, stores.HOST, layer, head, held))
     if held.get(stores.SHARE):  # nothing is dropped beside it: what is not live was merged
         parts.append(np.setdiff1d(np.arange(n_tokens, dtype=np.int32), live))
-    return np.sort(np.concatenate(parts))
+    numbers = np.sort(np.concatenate(parts))
+    return numbers[numbers < n_tokens]
 
 
 def _stored(life: Lifecycle, name: str, layer: int, head: int, held: dict[str, int]) -> IntArray:
