@@ -120,9 +120,10 @@ def test_preemption_changes_no_token(
     """Four requests in a memory of little more than the largest needs: as its prompt is computed
     whole, the others have to wait or to give way while they generate."""
     plan = PLANS[name]
-    alone_peak = make(max_batch_tokens=WHOLE)
-    alone_peak.generate([prompts[0]], GREEDY, plan)
-    room = int(1.35 * alone_peak.engine.cache.bytes_peak)
+    single = make(max_batch_tokens=WHOLE)
+    single.generate([prompts[0]], GREEDY, plan)
+    least = single.engine.cache.required_bytes(len(prompts[0]) + NEW_TOKENS)
+    room = max(least, int(1.35 * single.engine.cache.bytes_peak))
     llm = make(max_batch_tokens=WHOLE, kv_memory=room, preemption=preemption, host_memory="32MiB")
     outputs = llm.generate([*prompts, *prompts[::-1]], GREEDY, plan)
     expected = [alone(plan, i) for i in (0, 1, 2, 3, 3, 2, 1, 0)]

@@ -91,6 +91,19 @@ def test_methods_run_beside_sliding_windows(
     assert_runs(llms(model, dtype, max_batch_tokens=chunk), CASES[name].plan, prompts)
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_shorter_than_a_page_run(
+    name: str, page_size: int, llms: Callable[..., LLM], prompts: list[list[int]]
+) -> None:
+    """Down to one token: shorter than windows, sinks, residuals and budgets."""
+    llm = llms("llama", page_size=page_size)
+    short = [prompts[0][:n] for n in (1, 2, 9, 16, 17, 33)]
+    for output in llm.generate(short, PARAMS, CASES[name].plan):
+        assert_finished(output)
+    assert llm.engine.cache.bytes_in_use == llm.engine.cache.host_bytes_in_use == 0
+
+
 @pytest.mark.parametrize(("first", "second"), REFUSED)
 def test_refused_pairs_are_named_with_the_reason(first: str, second: str) -> None:
     with pytest.raises(PlanError, match=r"cannot be composed: .{20}") as refusal:
