@@ -242,6 +242,36 @@ def test_generation_stays_within_the_budget_and_an_interval(name: str, make: Mak
     assert len(held) >= plan.evict.interval
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_request_is_told_what_the_pool_held_for_it(
+    name: str, n: int, make: Make, prompts: list[list[int]]
+) -> None:
+    """Pages that branches share count once, those in stores too."""
+    llm = make(max_batch_tokens=96)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, seed=2, n=n)
+    held = []
+    llm.engine.add_request(prompts[0], params, Plan.parse(CASES[name].plan))
+    outputs = []
+    while not llm.engine.idle:
+        outputs += [i.output for i in llm.engine.step() if i.output is not None]
+        if not llm.engine.idle:
+            held.append(llm.engine.cache.bytes_in_use)
+    [output] = outputs
+    assert output.completions[0].error is None
+    assert max(held) <= output.metrics.kv_bytes_peak <= llm.engine.cache.bytes_peak
+    assert llm.engine.cache.bytes_in_use == 0
+
+
+def test_streamingllm_generates_beyond_the_models_context(make: Make) -> None:
+    """The tiny Llama's is 512 tokens; positions in the cache never come near it."""
+    llm = make()
+    params = SamplingParams(max_tokens=700, ignore_eos=True)
+    [output] = llm.generate([[*range(100)]], params, "streamingllm(budget=48)")
+    assert (output.finish_reason, len(output.token_ids)) == ("length", 700)
+    assert output.metrics.kv_bytes <= 4 * LAYERS * HEADS * live_page(64)
+
+
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
     """`long_model(head_dim, dtype)`: one layer, one KV head, a context of 16k tokens."""
