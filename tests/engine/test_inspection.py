@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tamis import LLM, Inspection, SamplingParams
+from tamis import LLM, Inspection, Plan, SamplingParams
 from tamis.errors import RequestError
+from tamis.methods.tokens.gemfilter import GemFilter
+from tamis.methods.tokens.lazyllm import LazyLLM
 
 N, NEW = 200, 6
 PROMPT = [(7 * i * i + 3 * i) % 256 for i in range(N)]
@@ -130,6 +132,15 @@ def test_chosen_pages_are_recorded_with_their_tokens(llm: LLM) -> None:
             assert tokens == 2 * 16 + cached - 16 * (n_pages - 1)
 
 
+def test_chosen_pages_are_counted_among_encoded_ones_too(llm: LLM) -> None:
+    plan = "quest(pages=3, skip_layers=0) + kivi(group_size=16, residual=32)"
+    found = llm.inspect(PROMPT, plan, PARAMS)
+    for read in found.reads:
+        expected = [2 * 16 + (cached - 1) % 16 + 1 for cached in read.cached]
+        assert list(read.tokens) == expected
+        assert read.cached == (N + 1 + read.step,) * 2
+
+
 def test_single_tokens_touch_the_pages_they_lie_in(llm: LLM) -> None:
     found = llm.inspect(PROMPT, "tokenselect(k=4, n_init=2, n_local=6)", PARAMS)
     chosen = [read for read in found.reads if read.pages is not None]
@@ -139,6 +150,28 @@ def test_single_tokens_touch_the_pages_they_lie_in(llm: LLM) -> None:
             assert tokens == 12
             assert {0, (cached - 1) // 16} <= set(pages)
             assert len(pages) <= tokens
+
+
+def test_tokens_that_were_moved_together_keep_their_numbers(llm: LLM) -> None:
+    found = llm.inspect(PROMPT, Plan((GemFilter(budget=50, layer=1),)), PARAMS)
+    first = heads(found)[0]
+    assert all((head == first).all() for head in heads(found))
+    assert first.tolist()[-NEW:] == list(range(N - 1, CACHED))  # the prompt's last, the generated
+    assert len(first) == 50 + NEW - 1
+    assert (np.diff(first) > 1).any()
+    chosen = (50 * 51) / (N * (N + 1))
+    assert found.density == pytest.approx((1 + chosen, 1 + chosen, chosen))  # two passes below
+
+
+def test_a_pass_counts_the_tokens_that_it_sees(llm: LLM) -> None:
+    found = llm.inspect(PROMPT, Plan((LazyLLM(),)), SamplingParams(max_tokens=1))
+    for heads_of_layer, density in zip(found.positions, found.density, strict=True):
+        n = len(heads_of_layer[0])
+        assert density == pytest.approx(n * (n + 1) / (N * (N + 1)))
+    assert len(heads(found)[-1]) < N
+    longer = llm.inspect(PROMPT, Plan((LazyLLM(),)), PARAMS)
+    assert 0 < longer.steps().share[:, -1].max() < 1
+    assert longer.read_share(range(3, 5)) is None
 
 
 def test_windows_are_no_loss_of_the_plan(open_llm: Callable[..., LLM]) -> None:
@@ -172,7 +205,7 @@ def test_drafts_are_read_with_the_steps_that_verify_them(llm: LLM) -> None:
 
 def test_what_was_computed_again_is_recorded_once(open_llm: Callable[..., LLM]) -> None:
     # This model's position embeddings change at 32 tokens, and the cache is built anew.
-    llm = open_llm("llama-dynamic")
+    llm = open_llm("phi3-longrope")
     found = llm.inspect(PROMPT[:28], params=SamplingParams(max_tokens=10, ignore_eos=True))
     assert found.density == pytest.approx((1, 1, 1))
     assert len({(read.step, read.layer) for read in found.reads}) == len(found.reads)

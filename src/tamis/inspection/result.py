@@ -53,7 +53,8 @@ class Inspection:
             keys and values on the device, else the store's name ("codec", "share", "host", "rest").
         dense_bytes: per layer the bytes of exact attention for the same tokens.
         reads: what each step after the prompt read of each layer.
-        density: per layer the share of the prompt's pairs of queries and keys that was computed.
+        density: per layer the pairs of queries and keys that the prompt computed, as a share of
+            those of exact attention; more than 1 where tokens ran through the layer twice.
         windows: per layer its sliding window in tokens, None where it has none.
         page_size: tokens per page of one KV head.
         metrics: times and KV memory of the request.
