@@ -3,6 +3,7 @@
 
 #include "cpu.h"
 #include "decode.h"
+#include "linear.h"
 #include "observe.h"
 #include "prefill.h"
 
@@ -14,6 +15,7 @@ struct Kernels {
   PrefillTile* prefill_tile[3];
   ObserveSpan* observe_span[3];
   ObserveRange* observe_range[3];
+  LinearRange* linear_range[3];
 };
 
 Kernels kernels_portable();

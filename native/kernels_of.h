@@ -3,6 +3,7 @@
 
 #include "decode_kernel.h"
 #include "kernels.h"
+#include "linear_kernel.h"
 #include "observe_kernel.h"
 #include "prefill_kernel.h"
 
@@ -13,7 +14,8 @@ Kernels kernels_of() {
   return {{attend_range<Isa, float>, attend_range<Isa, Fp16>, attend_range<Isa, Bf16>},
           {prefill_tile<Isa, float>, prefill_tile<Isa, Fp16>, prefill_tile<Isa, Bf16>},
           {observe_span<Isa, float>, observe_span<Isa, Fp16>, observe_span<Isa, Bf16>},
-          {observe_range<Isa, float>, observe_range<Isa, Fp16>, observe_range<Isa, Bf16>}};
+          {observe_range<Isa, float>, observe_range<Isa, Fp16>, observe_range<Isa, Bf16>},
+          {linear_range<Isa, float>, linear_range<Isa, Fp16>, linear_range<Isa, Bf16>}};
 }
 
 }  // namespace tamis

@@ -10,6 +10,7 @@
 #include "append.h"
 #include "cpu.h"
 #include "decode.h"
+#include "linear.h"
 #include "observe.h"
 #include "prefill.h"
 
@@ -190,6 +191,18 @@ void observe_call(const std::string& isa, int threads, bool chunk, int dtype, in
   (chunk ? observe_chunk : observe_decode)(args, chosen, threads);
 }
 
+void linear_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t in,
+                 int64_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t bias,
+                 uintptr_t y) {
+  const LinearArgs args{static_cast<DType>(dtype), rows,     in,
+                        out,                       at<const void>(x),
+                        x_stride,                  at<const void>(weight),
+                        at<const void>(bias),      at<void>(y)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  linear(args, chosen, threads);
+}
+
 nb::dict cpu_features_dict() {
   const CpuFeatures found = cpu_features();
   nb::dict features;
@@ -236,6 +249,8 @@ NB_MODULE(_native, m) {
         "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a, "lengths_head_stride"_a,
         "positions"_a, "window"_a, "scale"_a, "softcap"_a, "lse"_a, "out"_a, "width"_a,
         "Scores or weights of cached tokens; see observe.h.");
+  m.def("linear", tamis::linear_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a, "in"_a, "out"_a,
+        "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "y"_a, "A linear layer; see linear.h.");
   m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
         "lengths_head_stride"_a, "starts"_a, "n"_a, "kv_heads"_a, "k"_a, "k_token_stride"_a,

@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from tamis.errors import ConfigError, ModelError
 from tamis.model.interface import NAME, register
+from tamis.model.linear import small_batches
 from tamis.model.model import Model
 from tamis.model.support import check_supported
 from tamis.platform import parse_dtype
@@ -66,8 +67,9 @@ def load_model(
         check_supported(config, name)
         _check_weights(directory)
         tokenizer = _load_tokenizer(directory, trust_remote_code)
-        hf = _load_weights(directory, config, torch_dtype, trust_remote_code)
-        return Model(hf.to(device), tokenizer, name, directory)
+        hf = _load_weights(directory, config, torch_dtype, trust_remote_code).to(device)
+        small_batches(hf)
+        return Model(hf, tokenizer, name, directory)
 
 
 def parse_device(device: str | torch.device) -> torch.device:

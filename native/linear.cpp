@@ -1,0 +1,33 @@
+// Threads own contiguous runs of outputs, so the result is the same for any number of them.
+
+#include "linear.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "kernels.h"
+
+namespace tamis {
+namespace {
+
+// Below this many bytes of weights waking other threads costs more than they save.
+constexpr int64_t kParallelBytes = 1 << 16;
+
+}  // namespace
+
+void linear(const LinearArgs& a, Isa isa, int threads) {
+  if (a.out * a.in * size_of(a.dtype) < kParallelBytes) threads = 1;
+  const int64_t blocks = (a.out + kOutputs - 1) / kOutputs;
+  const int64_t scratch_size = linear_scratch_floats(a.rows, a.in);
+  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  LinearRange* const range = kernels(isa).linear_range[static_cast<int>(a.dtype)];
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; ++part) {
+    const int64_t begin = blocks * part / threads * kOutputs;
+    const int64_t end = std::min(a.out, blocks * (part + 1) / threads * kOutputs);
+    range(a, begin, end, scratch.get() + part * scratch_size);
+  }
+}
+
+}  // namespace tamis

@@ -1,0 +1,110 @@
+"""Linear layers of a few rows at the speed of memory.
+
+A decode step multiplies every weight of the model with a handful of rows, so it takes the time of
+reading the weights. torch's products are made for many rows and need two to three times that.
+"""
+
+from __future__ import annotations
+
+from types import MethodType, ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tamis.platform import native_for, native_module
+
+DTYPE_CODES = {torch.float16: 1, torch.bfloat16: 2}
+"""The numbers by which the extension knows the dtypes served here (`DType` in native/element.h)."""
+
+MAX_ROWS = 16
+"""Up to so many rows the kernel is faster than torch at any size of matrix (docs/kernels.md)."""
+
+
+def linear(
+    extension: ModuleType,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` by the compiled kernel: summed in fp32, rounded once.
+
+    A row's result depends neither on the rows beside it nor on the number of threads, which is
+    `torch.get_num_threads()`. Not differentiable.
+
+    Args:
+        extension: the compiled module.
+        x: [..., in], fp16 or bf16, on the CPU.
+        weight: [out, in], contiguous, of the same dtype.
+        bias: [out], contiguous, of the same dtype.
+        isa: the instruction set, one of the extension's `isas()`; None for the best.
+
+    Returns:
+        [..., out], of the same dtype.
+    """
+    out, width = weight.shape
+    # Views cost more than a small layer's product: rows are only made where x does not lie so.
+    # Named here so that a copy lives until the kernel has read it.
+    rows = x if x.is_contiguous() else x.reshape(-1, width)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty((*x.shape[:-1], out))
+    extension.linear(
+        isa or "",
+        torch.get_num_threads(),
+        DTYPE_CODES[x.dtype],
+        rows.numel() // width,
+        width,
+        out,
+        rows.data_ptr(),
+        width if rows is x else rows.stride(0),
+        weight.data_ptr(),
+        bias.data_ptr() if bias is not None else 0,
+        y.data_ptr(),
+    )
+    return y
+
+
+def small_batches(network: nn.Module) -> None:
+    """Give every `nn.Linear` of a model in fp16 or bf16 on the CPU the kernel for a few rows.
+
+    Only instances are changed. Inputs of more than `MAX_ROWS` rows and all of autograd take torch's
+    way as before. Layers in fp32 keep torch, whose bits greedy decoding promises to reproduce;
+    subclasses of `nn.Linear` keep their own forward. Nothing is changed where the compiled kernels
+    are missing or TAMIS_BACKEND forbids them.
+    """
+    for module in network.modules():
+        if type(module) is nn.Linear and _served(module):
+            # A method, for a deep copy of the module binds it to the copy.
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def _served(module: nn.Linear) -> bool:
+    """Whether the kernel exists here and can read this layer's weight."""
+    weight = module.weight
+    readable = weight.is_cpu and weight.dtype in DTYPE_CODES and weight.is_contiguous()
+    return readable and native_for(None, weight) is not None
+
+
+def _forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """`nn.Linear.forward` of `module`, for any x [..., in]."""
+    weight, bias, extension = module.weight, module.bias, native_module()
+    if extension is None or torch.is_grad_enabled() or not _alike(x, weight):
+        return F.linear(x, weight, bias)
+    return linear(extension, x, weight, bias)
+
+
+def _alike(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel can multiply the two; a layer may have been converted since it was given
+    the kernel, and torch says best what is wrong with an input."""
+    width = weight.shape[1]
+    return (
+        0 < x.numel() <= MAX_ROWS * width
+        and x.shape[-1] == width
+        and x.dtype == weight.dtype
+        and x.dtype in DTYPE_CODES
+        and x.is_cpu
+        and weight.is_cpu
+    )
