@@ -141,6 +141,7 @@ def thinned(method: PyramidGeneration, view: NaiveLayerView) -> set[int]:
         PyramidGeneration(),
         PyramidGeneration(least=0.4, recent=0.1, queries=3, distance=4.0),
         PyramidGeneration(least=0.01, every=30),
+        PyramidGeneration(least=0.01, every=5),
     ],
     ids=str,
 )
