@@ -34,8 +34,8 @@ class LazyLLM(Tokens):
     (the Aux Cache, section 3.3). So every token goes through every layer at most once.
 
     The paper tunes layers and percentiles for each model and task, and no code is public. Here
-    four layers, evenly spread from 0.3 to 0.9 of the depth, prune 30 % each. Departures: none
-    known; ties keep the earlier token.
+    four layers, evenly spread from 0.3 to 0.9 of the depth, prune 30 % each. A share is rounded up,
+    the newest token always goes on, and of equally important tokens the earlier do.
     """
 
     paper: ClassVar[str] = (
