@@ -69,6 +69,7 @@ class Settings:
         once_from: from this length on, a plan is timed in one round only.
         repeat: rounds of shorter ones.
         new_tokens: tokens generated after each prompt.
+        short: tokens of the short prompt that is decoded beside all others.
         model: whose answers are judged, on `tasks` of `judged_lengths` with `samples` each.
         threads: torch's threads.
         goals: whether goals are judged.
@@ -79,6 +80,7 @@ class Settings:
     once_from: int = 32_768
     repeat: int = 3
     new_tokens: int = 65
+    short: int = SHORT
     model: str = REFERENCE
     tasks: tuple[str, ...] = ("single", "multi_key", "key_value", "variables")
     judged_lengths: tuple[int, ...] = (4096, 8192)
@@ -122,7 +124,7 @@ def time_plans(
     if not left:
         return failures
     with tempfile.TemporaryDirectory(prefix="tamis-bench-") as scratch:
-        bench = Bench(wanted.shape, Path(scratch), wanted.new_tokens)
+        bench = Bench(wanted.shape, Path(scratch), wanted.new_tokens, wanted.short)
         warm: set[str] = set()
         for number, (plan, length, repeat) in enumerate(left, start=1):
             if plan in failures:
@@ -190,7 +192,7 @@ def summary(
     return {
         "benchmark": "methods",
         **asdict(record),
-        "measured": asdict(wanted) | {"short": SHORT},
+        "measured": asdict(wanted),
         "goals": [row.record() for row in goals],
         "timings": timing_rows(rounds),
         "quality": quality_rows(answers),
