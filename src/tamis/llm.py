@@ -32,6 +32,7 @@ from tamis.engine.trace import Trace
 from tamis.errors import ConfigError, RequestError
 from tamis.inspection import Inspection
 from tamis.inspection.assemble import assemble
+from tamis.methods.base import Method
 from tamis.model import Model, load_model
 from tamis.plan import Plan
 from tamis.platform import available_memory, format_bytes, parse_bytes
@@ -173,7 +174,9 @@ class LLM:
         """
         batch = _as_prompts(prompts)
         all_params = _per_prompt(params or SamplingParams(), SamplingParams, len(batch), "params")
-        plans = _per_prompt(self.plan if plan is None else plan, (str, Plan), len(batch), "plans")
+        plans = _per_prompt(
+            self.plan if plan is None else plan, (str, Plan, Method), len(batch), "plans"
+        )
         ids: list[str] = []
         try:
             for prompt, one, its_plan in zip(batch, all_params, plans, strict=True):

@@ -168,7 +168,7 @@ def test_what_failed_and_what_is_another_text_now_is_read_again(
 def test_a_failing_request_is_recorded_without_a_perplexity(
     llm: LLM, windows: list[Window], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("the forward broke")
 
     monkeypatch.setattr(llm.model, "forward", fail)

@@ -162,10 +162,10 @@ def test_one_plan_alone_without_timings_or_without_answers(record: Record) -> No
     whole = results(PLANS[:1])
     quality_only = render(record, Summary(whole.answers, []), 5)
     assert "time to first token" not in quality_only
-    assert cells(quality_only, "At a glance") == [["dense", "100.0", "1.00×", "–", "–"]]  # noqa: RUF001
+    assert cells(quality_only, "At a glance") == [["dense", "100.0", "0.25×", "1.00×", "–", "–"]]  # noqa: RUF001
     speed_only = render(record, Summary([], whole.timings), 5)
     assert "Needle depth" not in speed_only
-    assert cells(speed_only, "At a glance")[0][2] == "1.00×"  # noqa: RUF001
+    assert cells(speed_only, "At a glance")[0][3] == "1.00×"  # noqa: RUF001
 
 
 def test_perplexity_stands_beside_the_score_at_a_glance(record: Record) -> None:
@@ -180,7 +180,7 @@ def test_perplexity_stands_beside_the_score_at_a_glance(record: Record) -> None:
 def test_perplexity_alone_is_a_report(record: Record) -> None:
     failed = reading(sample=1, nats=None, perplexity=None, error="no memory")
     html = render(record, Summary([], [], [reading(), failed]), 5)
-    assert cells(html, "At a glance") == [["dense", "–", "8.00", "–", "–", "–"]]  # noqa: RUF001
+    assert cells(html, "At a glance") == [["dense", "–", "8.00", "–", "–", "–", "–"]]  # noqa: RUF001
     (row,) = cells(html, "Perplexity of held-out text")
     assert row == ["dense", "1k", "8.00", "512", "1, 1 failed", "2.00", "1.00×"]  # noqa: RUF001
     assert "1 request failed" in html

@@ -125,7 +125,7 @@ def test_failed_and_changed_exercises_are_answered_again(
 def test_a_failing_request_is_recorded_without_a_score(
     llm: LLM, exercises: list[Exercise], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("the forward broke")
 
     monkeypatch.setattr(llm.model, "forward", fail)

@@ -93,7 +93,7 @@ def test_lengths_beyond_the_context_are_refused(llm: LLM) -> None:
 def test_a_request_that_fails_ends_the_timing_and_frees_its_pages(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("the forward broke")
 
     monkeypatch.setattr(llm.model, "forward", fail)

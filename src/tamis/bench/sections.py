@@ -83,7 +83,7 @@ def overview(summary: Summary) -> Table:
     rows = []
     for plan in summary.plans:
         memory, speed = summary.memory(plan, length), summary.speed(plan, length)
-        share = memory.share if memory else speed and speed.kv_peak / speed.kv_dense
+        memory = memory or (speed.memory if speed else None)
         score = summary.overall(plan, length)
         found = summary.perplexity(plan, length)
         rows.append(
@@ -91,7 +91,8 @@ def overview(summary: Summary) -> Table:
                 Cell(plan),
                 Cell(percent(score), score),
                 *([Cell(perplexity(found.value if found else None))] if read else []),
-                Cell(ratio(share) if share else NOTHING),
+                Cell(ratio(memory.kept) if memory else NOTHING),
+                Cell(ratio(memory.share) if memory else NOTHING),
                 Cell(ratio(speed.ttft_ratio.median) if speed else NOTHING),
                 Cell(ratio(speed.tpot_ratio.median) if speed else NOTHING),
             ]
@@ -100,6 +101,7 @@ def overview(summary: Summary) -> Table:
         f"plan, at {length_text(length)} tokens" if length else "plan",
         "score, %",
         *(["perplexity"] if read else []),
+        "KV kept",
         "KV peak",
         "first token",
         "each token",

@@ -52,6 +52,11 @@ class Memory:
         """The peak against exact attention's."""
         return self.peak / self.dense
 
+    @property
+    def kept(self) -> float:
+        """What is held at the end, against exact attention."""
+        return self.end / self.dense
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -73,8 +78,7 @@ class Speed:
     tpot_s: Spread
     ttft_ratio: Spread
     tpot_ratio: Spread
-    kv_peak: float
-    kv_dense: float
+    memory: Memory
     rounds: int
 
 
@@ -155,8 +159,7 @@ class Summary:
             spread([row.tpot_s for row in rows]),
             spread([row.ttft_s / row.dense_ttft_s for row in rows]),
             spread([row.tpot_s / row.dense_tpot_s for row in rows]),
-            fmean(row.kv_bytes_peak for row in rows),
-            fmean(row.kv_bytes_dense for row in rows),
+            _mean_memory(rows),
             len(rows),
         )
 
@@ -201,8 +204,10 @@ def quality(answers: Iterable[Answer]) -> Quality:
 
 def _memory(requests: Iterable[Answer | Reading]) -> Memory | None:
     rows = [row for row in requests if row.error is None]
-    if not rows:
-        return None
+    return _mean_memory(rows) if rows else None
+
+
+def _mean_memory(rows: Sequence[Answer | Reading | Timing]) -> Memory:
     return Memory(
         fmean(row.kv_bytes_peak for row in rows),
         fmean(row.kv_bytes for row in rows),

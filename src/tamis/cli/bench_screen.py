@@ -100,16 +100,13 @@ def _perplexities(summary: Summary) -> Table:
 
 def _costs(summary: Summary) -> Table:
     times = ["first token", "to exact", "each token", "to exact"] if summary.timings else []
-    table = _table("costs of one request", summary, ["KV peak, MiB", "to exact", *times])
+    sizes = ["KV kept, MiB", "to exact", "KV peak, MiB"]
+    table = _table("costs of one request", summary, [*sizes, *times])
     lengths = [*summary.lengths, *(n for n in summary.timed_lengths if n not in summary.lengths)]
     for length in lengths:
         for plan in summary.plans:
             memory, speed = summary.memory(plan, length), summary.speed(plan, length)
-            sizes = [NOTHING, NOTHING]
-            if memory is not None:
-                sizes = [mebibytes(memory.peak), ratio(memory.share)]
-            elif speed is not None:
-                sizes = [mebibytes(speed.kv_peak), ratio(speed.kv_peak / speed.kv_dense)]
+            memory = memory or (speed.memory if speed is not None else None)
             took = [NOTHING] * len(times)
             if speed is not None:
                 took = [
@@ -118,7 +115,10 @@ def _costs(summary: Summary) -> Table:
                     seconds(speed.tpot_s.median),
                     ratio(speed.tpot_ratio.median),
                 ]
-            table.add_row(plan, length_text(length), *sizes, *took)
+            held = [NOTHING] * len(sizes)
+            if memory is not None:
+                held = [mebibytes(memory.end), ratio(memory.kept), mebibytes(memory.peak)]
+            table.add_row(plan, length_text(length), *held, *took)
         table.add_section()
     return table
 

@@ -23,7 +23,13 @@ from tamis.platform import format_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLANS = ("dense",)
+PLANS = (
+    "dense",
+    "quest(pages=8)",
+    "kivi(bits=4)",
+    "snapkv(budget=0.25) + kivi(bits=4)",
+    "streamingllm(budget=0.25)",
+)
 """The plans that the demo compares, exact attention first."""
 
 CONVERSATION = "multi_turn"
@@ -102,8 +108,9 @@ def show(out: Console, exercises: list[Exercise], summary: Summary) -> None:
     out.print(talk)
 
     table = Table(title=f"all {len(exercises)} questions", title_justify="left")
-    for column in ("plan", "right", "KV memory", "of dense", "first token", "each token"):
-        table.add_column(column, justify="left" if column == "plan" else "right", no_wrap=True)
+    for column in ("plan", "right", "KV kept", "of dense", "first token", "each token"):
+        wide = {"overflow": "fold"} if column == "plan" else {"no_wrap": True}
+        table.add_column(column, justify="left" if column == "plan" else "right", **wide)
     for name in summary.plans:
         answers = [a for a in summary.answers if a.plan == name]
         right = sum(a.exact is True for a in answers)
@@ -111,8 +118,8 @@ def show(out: Console, exercises: list[Exercise], summary: Summary) -> None:
         costs = [NOTHING] * 4
         if memory is not None and speed is not None:
             costs = [
-                format_bytes(round(memory.peak)),
-                ratio(memory.share),
+                format_bytes(round(memory.end)),
+                ratio(memory.kept),
                 seconds(speed.ttft_s.median),
                 seconds(speed.tpot_s.median),
             ]

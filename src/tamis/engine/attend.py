@@ -131,8 +131,9 @@ class StepAttention:
         if life.sees is not None:
             return _attend_seen(life, layer, q, pages, at, options)
         chosen = None
-        if life.plan.select is not None and life.generating and options.window is None:
-            chosen = life.plan.select.select(DecodeQuery(life, layer, q, pages))
+        select = life.plan.select
+        if select is not None and life.generating and options.window is None:
+            chosen = life.ask(lambda: select.select(DecodeQuery(life, layer, q, pages)))
         listed: TokenList | None = None
         live, encoded = pages, None
         if chosen is not None and chosen.pages is not None:
@@ -207,8 +208,10 @@ class StepAttention:
             return None
         plan, pattern = life.plan, None
         pages = self._view.pages(layer, i, i + 1, with_new=True)
-        if plan.prefill is not None and life.shape.layers[layer].window is None:
-            pattern = plan.prefill.pattern(PromptChunk(life, layer, q, pages, at))
+        prefill = plan.prefill
+        if prefill is not None and life.shape.layers[layer].window is None:
+            chunk = PromptChunk(life, layer, q, pages, at)
+            pattern = life.ask(lambda: prefill.pattern(chunk))
         if plan.heads is not None and plan.heads.during_prefill and life.streaming is not None:
             span = plan.heads.span(life.prompt_tokens)
             lengths = pages.lengths[0] - len(q)

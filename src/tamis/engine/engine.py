@@ -207,20 +207,22 @@ class Engine:
             (see `idle`): a step may compute a part of a prompt only.
 
         When the model's forward fails, the requests of that step end with finish_reason "error"
-        and their pages are freed; the others go on.
+        and their pages are freed; the others go on. When a plan's method fails, that is so for its
+        own request.
         """
         start = time.perf_counter()
         work, stuck = self.scheduler.schedule()
         increments = [self._finish(s, "error", error=self._stuck_message(s)) for s in stuck]
         if work:
             try:
-                outcomes = self._forward(work)
+                outcomes, failed = self._forward(work)
             except Exception as error:
                 _log.exception("a step of %d sequences failed", len(work))
-                message = f"{type(error).__name__}: {error}"
-                increments += [self._finish(w.sequence, "error", error=message) for w in work]
-            else:
-                increments += self._extend(outcomes)
+                outcomes, failed = [], [(item.sequence, error) for item in work]
+            for sequence, reason in failed:
+                message = f"{type(reason).__name__}: {reason}"
+                increments.append(self._finish(sequence, "error", error=message))
+            increments += self._extend(outcomes)
         elif not stuck and not self.idle:
             raise RuntimeError("no sequence can run, and none is stuck: a bug in the scheduler")
         self.stats.steps += 1
@@ -229,12 +231,14 @@ class Engine:
 
     # --- one step -------------------------------------------------------------------------------
 
-    def _forward(self, work: list[Work]) -> list[tuple[Sequence, torch.Tensor]]:
+    def _forward(
+        self, work: list[Work]
+    ) -> tuple[list[tuple[Sequence, torch.Tensor]], list[tuple[Sequence, Exception]]]:
         """Run the model; what it says after the last token of each sequence that reached it.
 
         Returns:
             Sequences with their logits, fp32 [1, vocab]; with a draft, those after each of its
-            tokens too, [1 + drafted, vocab].
+            tokens too, [1 + drafted, vocab]. And sequences whose plan failed, with the reason.
         """
         now = time.perf_counter()
         sequences = [item.sequence for item in work]
@@ -265,16 +269,26 @@ class Engine:
             )
         self.stats.forward_s += time.perf_counter() - began
         at = 0
+        failed: dict[Sequence, Exception] = {}
         for sequence, n in work:
             leaving = None
             if left is not None and sequence.program is not None and not sequence.program.whole:
                 leaving = left[at : at + n]
                 at += n
-            self._advance(sequence, n, leaving)
+            try:
+                self._advance(sequence, n, leaving)
+            except Exception as error:
+                _log.exception("the plan %s failed", sequence.request.plan)
+                failed[sequence] = error
         n_sampled = len(flat.sample_at)
         if flat.scored:
             flat.score(logits[n_sampled:])
-        return [(sequence, logits[rows.start : rows.stop]) for sequence, rows in flat.sampled]
+        outcomes = [
+            (sequence, logits[rows.start : rows.stop])
+            for sequence, rows in flat.sampled
+            if sequence not in failed
+        ]
+        return outcomes, list(failed.items())
 
     def _watch(self, sequence: Sequence) -> None:
         """Begin the passes of a generated token where its plan has some, and see that what a pass
@@ -296,6 +310,8 @@ class Engine:
         """Count `n` tokens that a sequence ran, and let its plan act on them."""
         cache, life, program = sequence.cache, sequence.life, sequence.program
         assert cache is not None
+        if life is not None and life.failure is not None:
+            raise life.failure
         cache.advance(n, sequence.layers)
         self._measure(sequence.request)
         if sequence.draft is not None:
@@ -321,8 +337,12 @@ class Engine:
             self.stats.decode_tokens += n
         sequence.n_computed += n
         if sequence.life is not None:
+            sequence.life.count_attention(n)
+        tokens = sequence.request.plan.tokens
+        if tokens is None or not tokens.steps:  # those that bring tokens back need all of them
+            sequence.cache.trim()
+        if sequence.life is not None:
             sequence.life.settle(n)
-        sequence.cache.trim()
 
     def _extend(self, outcomes: Seq[tuple[Sequence, torch.Tensor]]) -> list[Increment]:
         """Sample for every sequence whose last token was computed; fork after the prompt."""
@@ -333,6 +353,7 @@ class Engine:
             if sequence.draft is not None:
                 increments += self._verify(sequence, logits)
             elif sequence.n_pending == 0:
+                self._learn(sequence, torch.tensor(sequence.tokens[-1:]), logits)
                 branches = self._branches(sequence)
                 rows += [logits] * len(branches)
                 sequences += branches
@@ -348,10 +369,9 @@ class Engine:
 
         Every token is sampled as it would be without a draft, after the tokens before it.
         """
-        tree, cache, method = sequence.draft, sequence.cache, sequence.request.plan.draft
+        tree, cache = sequence.draft, sequence.cache
         assert tree is not None
         assert cache is not None
-        assert method is not None
         increments: list[Increment] = []
         now = time.perf_counter()
 
@@ -361,15 +381,22 @@ class Engine:
             return token.token_id if sequence.cache is not None else -1  # -1: it has ended
 
         given = torch.cat([torch.tensor(sequence.tokens[-1:]), tree.tokens])
+        self._learn(sequence, given, logits)
         sequence.draft = None
         rows = drafts.accept(tree, next_token)
-        method.learn(self.scheduler.learned(method), given, logits)
         self.stats.drafted += len(tree.tokens)
         self.stats.accepted += len(rows) - 1
         if sequence.cache is not None:
             cache.retract(1 + len(tree.tokens), rows)
             self._settle(sequence, len(rows))
         return increments
+
+    def _learn(self, sequence: Sequence, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """Let the plan's drafting method see what the model says after some tokens [m]: logits
+        [m, vocab]."""
+        draft = sequence.request.plan.draft
+        if draft is not None:
+            draft.learn(self.scheduler.learned(draft), tokens, logits)
 
     def _branches(self, first: Sequence) -> list[Sequence]:
         """The sequence itself, or all `n` of its request when its prompt was just computed."""
@@ -380,13 +407,15 @@ class Engine:
         assert first.cache is not None
         forks = []
         for index in range(1, n):
+            cache = first.cache.fork()
             fork = Sequence(
                 request,
                 index,
                 list(first.tokens),
                 first.sampler.fork(index),
                 self._new_text(request.prompt_ids, request.params),
-                cache=first.cache.fork(),
+                cache=cache,
+                life=None if first.life is None else first.life.fork(cache),
                 n_computed=first.n_computed,
             )
             forks.append(fork)
@@ -483,6 +512,8 @@ class Engine:
         try:
             empty = self.cache.new_sequence(columns(plan, self.shape))
             Lifecycle(plan, self.shape, empty, 1, self.model.shift_keys)
+            if plan.tokens is not None:
+                next(plan.tokens.program(1, self.shape))
         except ConfigError as error:
             raise PlanError(f"the plan {plan} does not fit this cache: {error}") from error
         self._sound.add(plan)

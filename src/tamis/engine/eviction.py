@@ -93,7 +93,9 @@ def _evict_layer(
     if evict is not None:
         allotted = life.budgets if life.budgets is not None else _uniform(life, evict)
         budget = allotted[layer, : len(view.lengths)]
-        if bool((view.lengths > budget).any()):
+        window = life.shape.layers[layer].window
+        within = view.lengths if window is None else view.lengths.clamp(max=window)
+        if bool((within > budget).any()):  # what lies behind a window goes by itself
             scores = evict.scores(view) if scores is None else scores
             kept = evict.keep(view, scores, budget) & view.cached
     if stream and life.streaming is not None and plan.heads is not None:

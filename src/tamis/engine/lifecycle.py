@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from tamis.engine.trace import Trace
 from tamis.engine.views import ATTENTION, LayerOptions
 from tamis.methods.views import ModelShape, group_sum
 from tamis.plan import Plan
+
+T = TypeVar("T")
 
 ShiftKeys = Callable[[int, Tensor, Tensor], Tensor]
 """Keys [tokens, k_dim] of a layer moved by so many positions [tokens]: `Model.shift_keys`."""
@@ -63,12 +65,14 @@ class Lifecycle:
         streaming: per layer the heads that keep first and recent tokens only, bool [kv_heads];
             None in plans without such heads.
         owes_eviction: whether an eviction found no free page and is due again.
+        owes_share: the same of layers that are to share their KV.
         budgets: tokens per head that the plan's budget method has settled, int64 [layers, heads].
         position_shift: by how much tokens' positions lie below their numbers, once a program of
             passes has given the prompt new ones.
         aside: hidden states that wait, and which tokens each layer holds, in plans with programs.
         watch: the layer at which queries of the current pass are observed, and how many.
         sees: the tokens that the current pass's queries see beside its own; None for all.
+        failure: what a method raised while a layer asked it; the request ends by it.
         trace: what is recorded for `LLM.inspect`; None when nobody asked.
     """
 
@@ -98,12 +102,14 @@ class Lifecycle:
         self.aside = Aside(shape.n_layers)
         self.watch: tuple[int, int] | None = None
         self.sees: Tensor | None = None
+        self.failure: Exception | None = None
         self.shift_keys = shift_keys
         self.trace = trace
         if trace is not None:
             trace.restart()
         self._done = 0  # tokens that have been settled
         self.owes_eviction = False
+        self.owes_share = False
         stores.declare(self)
 
     @property
@@ -131,6 +137,15 @@ class Lifecycle:
         other.aside = self.aside.fork()
         other.trace = None
         return other
+
+    def ask(self, question: Callable[[], T]) -> T | None:
+        """What a method answers in the midst of a forward; None if it fails, which is noted, so
+        that the other requests of the step go on."""
+        try:
+            return question()
+        except Exception as error:
+            self.failure = self.failure or error
+            return None
 
     def observe(
         self,
@@ -198,12 +213,12 @@ class Lifecycle:
             self.layers[layer].similarity = (total + float(cosine.sum()), tokens + len(before))
 
     def settle(self, n_tokens: int) -> None:
-        """Act on what a step has added: `n_tokens` tokens, counted by the cache already.
+        """Act on what a step has added: `n_tokens` tokens, counted by the cache already, and the
+        attention they paid (`count_attention`).
 
         An action that finds no free page leaves things as they are and is tried again after the
         next step.
         """
-        self.count_attention(n_tokens)
         was_generating = self.generating
         self._done += n_tokens
         at_end = self.generating and not was_generating

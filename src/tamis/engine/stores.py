@@ -79,8 +79,10 @@ def act(life: Lifecycle, *, at_end: bool) -> None:
     with contextlib.suppress(OutOfPages):
         if plan.codec is not None and life.generating:
             _encode(life)
-        if plan.share is not None and at_end:
+        if plan.share is not None and (at_end or life.owes_share):
+            life.owes_share = True
             _share(life)
+            life.owes_share = False
         if plan.place is not None:
             _offload(life)
 

@@ -16,6 +16,7 @@ GROUP = "tamis.methods"
 
 _OWN = {
     "prefill": ("minference:MInference", "flexprefill:FlexPrefill"),
+    "tokens": ("gemfilter:GemFilter", "lazyllm:LazyLLM", "pyramidinfer:PyramidInfer"),
     "budget": (
         "squeezeattention:SqueezeAttention",
         "zigzagkv:ZigZagKV",

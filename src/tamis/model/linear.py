@@ -18,7 +18,7 @@ DTYPE_CODES = {torch.float16: 1, torch.bfloat16: 2}
 """The numbers by which the extension knows the dtypes served here (`DType` in native/element.h)."""
 
 MAX_ROWS = 16
-"""Up to so many rows the kernel is no slower than torch for any size of matrix (docs/kernels.md)."""
+"""Up to so many rows the kernel is no slower than torch for any matrix (docs/kernels.md)."""
 
 
 def linear(

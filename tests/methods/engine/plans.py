@@ -68,6 +68,15 @@ CASES: dict[str, Case] = {
     "flexprefill": Case(
         "flexprefill(gamma=0.5, min_budget=16, block=16)", "flexprefill(min_budget=4096)"
     ),
+    "gemfilter": Case(
+        "gemfilter(layer=1, budget=0.4)", "gemfilter(budget=4096)", held=lambda n: round(0.4 * n)
+    ),
+    "lazyllm": Case("lazyllm(keep=0.6, prunings=2)", "lazyllm(keep=1.0)", held=None),
+    "pyramidinfer": Case(
+        "pyramidinfer(decay=0.5, minimum=8, queries=16, interval=4)",
+        "pyramidinfer(decay=1.0, generated=1.0)",
+        held=None,
+    ),
     "squeezeattention": Case(
         "squeezeattention()", "squeezeattention()", _EVICTION, _NO_EVICTION, held=None
     ),

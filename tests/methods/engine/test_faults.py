@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tamis import LLM, SamplingParams
-from tamis.errors import PlanError
+from tamis.errors import PlanError, RequestError
 from tamis.methods.base import Evict, Prefill, Select
 from tamis.methods.views import ChunkView, DecodeView, LayerView
 from tamis.model import load_model
@@ -145,6 +145,15 @@ def test_positions_in_the_cache_need_keys_that_can_be_moved(
     assert_empty(llm)
     [output] = llm.generate([prompts[3]], PARAMS, "streamingllm(budget=48, in_cache=False)")
     assert output.finish_reason == "length"
+
+
+def test_prompt_logprobs_need_every_token_at_the_last_layer(
+    make: Callable[..., LLM], prompts: list[list[int]]
+) -> None:
+    llm = make()
+    with pytest.raises(RequestError, match="prompt_logprobs need every token"):
+        llm.generate([prompts[0]], SamplingParams(prompt_logprobs=1), "gemfilter(budget=0.3)")
+    assert_empty(llm)
 
 
 @pytest.mark.parametrize(
