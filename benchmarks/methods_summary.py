@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from methods_plans import DENSE, FLEXPREFILL, MINFERENCE, QUEST, SNAPKV
+from methods_plans import DENSE, FLEXPREFILL, MINFERENCE, QUEST, SETTINGS, SNAPKV
 from methods_timing import SHORT, Round
 from report import Row, Target
 from tamis.bench.results import Answer
@@ -111,7 +111,8 @@ def timing_rows(rounds: Sequence[Round]) -> list[dict[str, Any]]:
 
 def quality_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Per plan and length: the scores by task, their mean, and the KV kept, for JSON."""
-    summary = Summary(answers, (), first=[DENSE])
+    judged = [plan for setting in SETTINGS for plan in setting.judged]
+    summary = Summary(answers, (), first=[DENSE, *judged])
     rows = []
     for length in summary.lengths:
         for plan in summary.plans:

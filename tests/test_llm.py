@@ -56,7 +56,7 @@ def test_a_wrong_prompt_among_good_ones_runs_nothing(llm: LLM) -> None:
     assert llm.engine.scheduler.idle
 
 
-@pytest.mark.parametrize("plan", ["snapkv(budget=0.1)", "desne", "dense(budget=1)", "1+", 3])
+@pytest.mark.parametrize("plan", ["snapkv(budget=1.5)", "desne", "dense(budget=1)", "1+", 3])
 def test_a_wrong_plan_is_refused(llm: LLM, tiny_dir: Callable[[str], Path], plan: Any) -> None:
     with pytest.raises(PlanError):
         llm.generate("hello", PARAMS, plan=plan if isinstance(plan, str) else [plan])
@@ -316,7 +316,7 @@ def test_errors_reach_their_caller_and_nobody_else(llm: LLM) -> None:
                 with pytest.raises(error):
                     await anext(served.generate(prompt, PARAMS, request_id=name))
             with pytest.raises(PlanError):
-                await anext(served.generate("x", PARAMS, plan="snapkv"))
+                await anext(served.generate("x", PARAMS, plan="snapkw"))
             got += [i async for i in first]
             assert got[-1].finish_reason in ("length", "stop")
 

@@ -91,7 +91,7 @@ def method_class(name: str) -> type[Method]:
     """
     known = methods()
     if name.lower() not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
+        near = difflib.get_close_matches(name.lower(), [*known, "dense"], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise PlanError(f"unknown method {name!r}; {hint}`tamis methods` lists all")
     return known[name.lower()]
