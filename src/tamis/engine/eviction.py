@@ -2,73 +2,68 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tamis.cache import OutOfPages
 from tamis.engine import rest
 from tamis.engine.views import CachedLayer
 from tamis.methods.base import Evict, resolve
 
 if TYPE_CHECKING:
-    from tamis.engine.lifecycle import Lifecycle
+    from tamis.engine.lifecycle import Lifecycle, Owed
 
 SHIFT = "shift"
 """The side column of how far a token's key was rotated beyond its own position."""
 
 
-def act(life: Lifecycle, *, at_end: bool) -> None:
+def act(life: Lifecycle, owed: Owed) -> None:
     """Evict what the plan's methods let go at this moment.
 
     Args:
         life: whose cache it is.
-        at_end: whether the prompt's last token has just been cached.
+        owed: when this is; it counts the layers that are done.
+
+    Raises:
+        OutOfPages: too few pages are free; the layers that are not done are as they were.
     """
-    plan = life.plan
-    if plan.evict is None and plan.heads is None:
+    plan, n_layers = life.plan, life.shape.n_layers
+    if owed.evicted == n_layers:
         return
-    evict = plan.evict if plan.evict is not None and _due(life, plan.evict, at_end) else None
+    evict = plan.evict if plan.evict is not None and _due(life, plan.evict, owed) else None
     stream = plan.heads is not None and (life.generating or plan.heads.during_prefill)
-    if evict is None and not (stream and _overlong(life, at_end)):
+    if evict is None and not (stream and _overlong(life, owed)):
+        owed.evicted = n_layers
         return
-    life.owes_eviction = True
-    with contextlib.suppress(OutOfPages):
-        life.cache.unshare()
-        _evict(life, evict, stream)
-        life.owes_eviction = False
-
-
-def _evict(life: Lifecycle, evict: Evict | None, stream: bool) -> None:
-    """Decide and carry out the eviction of every layer."""
-    views = [CachedLayer(life, layer) for layer in range(life.shape.n_layers)]
+    life.cache.unshare()
+    views = [CachedLayer(life, layer) for layer in range(n_layers)]
     scores: list[Tensor | None] = [None] * len(views)
-    shares = life.plan.budget if life.generating and life.budgets is None else None
+    shares = plan.budget if life.generating and life.budgets is None else None
     if evict is not None and shares is not None:
         given = [evict.scores(view) for view in views]
         life.budgets = shares.allocate(_uniform(life, evict), views, given)
         scores = [*given]
-    for view, score in zip(views, scores, strict=True):
-        _evict_layer(life, view, evict, score, stream)
+    for layer in range(owed.evicted, n_layers):
+        _evict_layer(life, views[layer], evict, scores[layer], stream)
+        owed.evicted = layer + 1
 
 
-def _due(life: Lifecycle, evict: Evict, at_end: bool) -> bool:
-    if at_end or life.owes_eviction:
+def _due(life: Lifecycle, evict: Evict, owed: Owed) -> bool:
+    if owed.at_end or owed.late:
         return True
     if not life.generating:
         return evict.per_chunk
     return evict.interval is not None and life.generated % evict.interval == 0
 
 
-def _overlong(life: Lifecycle, at_end: bool) -> bool:
+def _overlong(life: Lifecycle, owed: Owed) -> bool:
     """Whether the streaming heads hold a page more than they need: single tokens are not worth
     the moves."""
     if life.streaming is None or life.plan.heads is None:
         return False
     span = sum(life.plan.heads.span(life.prompt_tokens))
-    slack = 0 if at_end or not life.generating else life.cache.layout.page_size - 1
+    slack = 0 if owed.at_end or not life.generating else life.cache.layout.page_size - 1
     for layer, streaming in enumerate(life.streaming):
         lengths = life.cache.lengths[life.cache.layout.rows(layer)]
         if bool((lengths[streaming.cpu().numpy()] > span + slack).any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tamis.attention.observe import column_sums, decode_weights
-from tamis.cache import Field, PagedKV, SequenceCache
+from tamis.cache import Field, OutOfPages, PagedKV, SequenceCache
 from tamis.engine import eviction, stores
 from tamis.engine.program import Aside
 from tamis.engine.trace import Trace
@@ -53,6 +54,21 @@ class LayerLife:
     watched: tuple[Tensor, Tensor] | None = None
 
 
+@dataclass
+class Owed:
+    """What is left to do of what the end of a step asked for.
+
+    Attributes:
+        at_end: whether the prompt's last token has just been cached.
+        late: whether an earlier step's eviction was never finished.
+        evicted: layers whose eviction is done, from the first on.
+    """
+
+    at_end: bool
+    late: bool = False
+    evicted: int = 0
+
+
 class Lifecycle:
     """A plan at work on one sequence.
 
@@ -64,8 +80,8 @@ class Lifecycle:
         query_positions: positions of the queries that are kept, the same in every layer.
         streaming: per layer the heads that keep first and recent tokens only, bool [kv_heads];
             None in plans without such heads.
-        owes_eviction: whether an eviction found no free page and is due again.
-        owes_share: the same of layers that are to share their KV.
+        owed: what the last step asked for and found no pages for, to be done before the next one
+            (`act`); None when nothing is.
         budgets: tokens per head that the plan's budget method has settled, int64 [layers, heads].
         position_shift: by how much tokens' positions lie below their numbers, once a program of
             passes has given the prompt new ones.
@@ -108,8 +124,7 @@ class Lifecycle:
         if trace is not None:
             trace.restart()
         self._done = 0  # tokens that have been settled
-        self.owes_eviction = False
-        self.owes_share = False
+        self.owed: Owed | None = None
         stores.declare(self)
 
     @property
@@ -135,6 +150,7 @@ class Lifecycle:
         other.layers = [replace(layer, state=dict(layer.state)) for layer in self.layers]
         other.query_positions = list(self.query_positions)
         other.aside = self.aside.fork()
+        other.owed = None if self.owed is None else replace(self.owed)
         other.trace = None
         return other
 
@@ -214,16 +230,28 @@ class Lifecycle:
 
     def settle(self, n_tokens: int) -> None:
         """Act on what a step has added: `n_tokens` tokens, counted by the cache already, and the
-        attention they paid (`count_attention`).
-
-        An action that finds no free page leaves things as they are and is tried again after the
-        next step.
-        """
+        attention they paid (`count_attention`). What finds no free page is `owed`."""
         was_generating = self.generating
         self._done += n_tokens
-        at_end = self.generating and not was_generating
-        eviction.act(self, at_end=at_end)
-        stores.act(self, at_end=at_end)
+        left = self.owed or Owed(at_end=False)
+        self.owed = Owed(
+            at_end=left.at_end or (self.generating and not was_generating),
+            late=self.owed is not None and left.evicted < self.shape.n_layers,
+        )
+        with contextlib.suppress(OutOfPages):
+            self.act()
+
+    def act(self) -> None:
+        """Do what is owed, if anything is.
+
+        Raises:
+            OutOfPages: too few pages are free; what was not done is still owed.
+        """
+        if self.owed is None:
+            return
+        eviction.act(self, self.owed)
+        stores.act(self, at_end=self.owed.at_end)
+        self.owed = None
 
     @property
     def generated(self) -> int:

@@ -38,7 +38,7 @@ def note(life: Lifecycle, view: CachedLayer, dropped: Tensor) -> None:
         dropped: which tokens, bool [kv_heads, tokens].
 
     Raises:
-        OutOfPages: the page of the rest does not fit; nothing was changed.
+        OutOfPages: the page of the rest does not fit; the tokens still count as not dropped.
     """
     if not bool(dropped.any()):
         return
@@ -67,8 +67,8 @@ def note(life: Lifecycle, view: CachedLayer, dropped: Tensor) -> None:
 
 def part(life: Lifecycle, layer: int) -> KVPart | None:
     """What a step reads of the rest at one layer; None where nothing was dropped."""
-    if life.layers[layer].dropped is None:
+    held = torch.from_numpy(life.cache.store_length(STORE, layer)).to(life.device) > 0
+    if not bool(held.any()):
         return None
     page = life.cache.stored(STORE, layer, 0, 1)
-    held = torch.from_numpy(life.cache.store_length(STORE, layer)).to(life.device) > 0
     return KVPart(page["k"], page["v"], held[:, None, None], page["log_count"][..., 0])

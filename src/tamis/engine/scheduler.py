@@ -193,6 +193,8 @@ class Scheduler:
         sequences for their pages; the number of tokens. A sequence that is itself the newest
         keeps its pages and waits a step."""
         assert sequence.cache is not None
+        if not self._settled(sequence, batch):
+            return 0
         n = min(budget, sequence.n_ready, sequence.max_chunk)
         n = self._with_draft(sequence, n, budget)
         while n > 0:
@@ -201,11 +203,8 @@ class Scheduler:
             except OutOfPages:
                 if sequence.draft is not None:
                     sequence.draft, n = None, 1  # a guess is worth nobody's pages
+                elif self._preempt_newer(sequence, batch):
                     continue
-                newest = max(self.running, key=_order)
-                if newest is not sequence:
-                    self._preempt(newest)
-                    batch.pop(newest, None)
                 elif len(self.running) > 1:
                     return 0
                 elif n > 1:
@@ -217,6 +216,27 @@ class Scheduler:
                 batch[sequence] = n
                 return n
         return 0
+
+    def _settled(self, sequence: Sequence, batch: dict[Sequence, int]) -> bool:
+        """Whether a sequence can go on: its plan has done all that the last step asked for, newer
+        sequences being preempted for the pages it took, so that its tokens do not depend on who
+        else is there. Alone, and still without pages, it goes on as it is."""
+        while sequence.life is not None and sequence.life.owed is not None:
+            try:
+                sequence.life.act()
+            except OutOfPages:
+                if not self._preempt_newer(sequence, batch):
+                    return len(self.running) == 1
+        return True
+
+    def _preempt_newer(self, sequence: Sequence, batch: dict[Sequence, int]) -> bool:
+        """Take the pages of the newest running sequence; False if that is `sequence` itself."""
+        newest = max(self.running, key=_order)
+        if newest is sequence:
+            return False
+        self._preempt(newest)
+        batch.pop(newest, None)
+        return True
 
     def _with_draft(self, sequence: Sequence, n: int, budget: int) -> int:
         """Tokens of the step with those that the sequence's plan proposes, where there is room."""

@@ -71,19 +71,22 @@ def held(life: Lifecycle) -> bool:
 
 
 def act(life: Lifecycle, *, at_end: bool) -> None:
-    """Move to stores what the plan's methods want there at this moment. What finds no page stays
-    where it is, and is tried again at the next step."""
+    """Move to stores what the plan's methods want there at this moment; to do so again has no
+    further effect.
+
+    Raises:
+        OutOfPages: too few pages are free for what is encoded or shared; what was not done is as
+            it was. Pages for which host memory is full just stay on the device, as they are.
+    """
     plan = life.plan
     if plan.select is not None and plan.select.summaries(1, torch.float32):
         _summarize(life)
-    with contextlib.suppress(OutOfPages):
-        if plan.codec is not None and life.generating:
-            _encode(life)
-        if plan.share is not None and (at_end or life.owes_share):
-            life.owes_share = True
-            _share(life)
-            life.owes_share = False
-        if plan.place is not None:
+    if plan.codec is not None and life.generating:
+        _encode(life)
+    if plan.share is not None and at_end:
+        _share(life)
+    if plan.place is not None:
+        with contextlib.suppress(OutOfPages):
             _offload(life)
 
 
@@ -168,22 +171,27 @@ def _encode(life: Lifecycle) -> None:
     assert codec is not None
     size = cache.layout.page_size
     for layer in _whole_layers(life):
-        rows = cache.layout.rows(layer)
+        rows, piece = cache.layout.rows(layer), _PIECE
         while True:
             n_pages = np.maximum(cache.lengths[rows] - codec.residual, 0) // size
             if life.streaming is not None:
                 n_pages[life.streaming[layer].cpu().numpy()] = 0
-            n_pages = np.minimum(n_pages, _PIECE)
+            n_pages = np.minimum(n_pages, piece)
             if not n_pages.any():
                 break
-            _encode_pages(life, layer, n_pages)
+            try:
+                _encode_pages(life, layer, n_pages)
+            except OutOfPages:  # one page at a time needs the fewest
+                if piece == 1:
+                    raise
+                piece = 1
 
 
 def _encode_pages(life: Lifecycle, layer: int, n_pages: np.ndarray) -> None:
     """Encode the first `n_pages` [kv_heads] live pages of every head of a layer.
 
     Raises:
-        OutOfPages: the encoded pages do not fit; nothing was changed.
+        OutOfPages: the encoded pages do not fit; heads that were not encoded are as they were.
     """
     codec, cache = life.plan.codec, life.cache
     assert codec is not None
@@ -197,6 +205,7 @@ def _encode_pages(life: Lifecycle, layer: int, n_pages: np.ndarray) -> None:
         position = cache.column(layer, POSITION)[:, : most * size]
         fields[POSITION] = _in_pages(_padded(position, most * size), size)
     cache.unshare(range(layer, layer + 1))
+    life.layers[layer].summarized = max(0, life.layers[layer].summarized - most)
     per_token = {c.name for c in _codec_columns(life, layer) if c.rows is None}
     for n in np.unique(n_pages[n_pages > 0]).tolist():
         heads = np.flatnonzero(n_pages == n).tolist()
@@ -207,7 +216,6 @@ def _encode_pages(life: Lifecycle, layer: int, n_pages: np.ndarray) -> None:
         }
         cache.put(CODEC, (layer,), n * size, chosen, heads=heads)
         cache.drop_front(layer, np.where(n_pages == n, n, 0))
-    life.layers[layer].summarized = max(0, life.layers[layer].summarized - most)
 
 
 def _share(life: Lifecycle) -> None:

@@ -108,15 +108,9 @@ def test_sampled_branches_differ_and_the_first_is_what_one_sequence_yields(
     assert nothing_held(llm)
 
 
-SHORT_OF_PAGES = (
-    "what is to be encoded or shared waits while no page is free, and is exact until then"
-)
-
-
 @pytest.mark.parametrize("name", sampled(7))
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preemption_changes_no_token(
-    request: pytest.FixtureRequest,
     name: str,
     preemption: str,
     make: Make,
@@ -126,8 +120,6 @@ def test_preemption_changes_no_token(
     """Four requests in a memory of little more than the largest needs: as its prompt is computed
     whole, the others have to wait or to give way while they generate."""
     plan = PLANS[name]
-    if Plan.parse(plan).codec or Plan.parse(plan).share:
-        request.applymarker(pytest.mark.xfail(reason=SHORT_OF_PAGES, strict=False))
     single = make(max_batch_tokens=WHOLE)
     single.generate([prompts[0]], GREEDY, plan)
     least = single.engine.cache.required_bytes(len(prompts[0]) + NEW_TOKENS)
@@ -139,7 +131,6 @@ def test_preemption_changes_no_token(
     assert nothing_held(llm)
 
 
-@pytest.mark.xfail(reason=SHORT_OF_PAGES, strict=False)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preemption_happens_and_changes_no_token_of_mixed_plans(
     preemption: str,

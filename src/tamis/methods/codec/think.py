@@ -25,8 +25,8 @@ class ThinK(Codec):
     pruned keys.
 
     Departures: with grouped queries the scores of the query heads that share a key head are
-    summed. Channels are chosen once per layer and head, from the keys that are encoded first (the
-    prompt's, without the recent ones), and serve the pages that follow. Values stay whole: the
+    summed. Channels are chosen once per layer and head, from all keys that are cached when the
+    prompt ends, and serve the pages that follow. Values stay whole: the
     paper's pruning of value channels is an experiment of its appendix.
 
     A token costs `kept + v_dim` elements of the model's dtype, and a page `k_dim` bytes more.
@@ -57,7 +57,7 @@ class ThinK(Codec):
     def encode(self, k: Tensor, v: Tensor, view: LayerView) -> dict[str, Tensor]:
         mask = view.state.get("think")
         if mask is None:
-            mask = view.state["think"] = self._mask(k, view)
+            mask = view.state["think"] = self._mask(view)
         mask = mask[:, None, None].expand(-1, k.shape[1], -1, -1)
         return {
             "k_kept": k.gather(3, self._channels(mask).expand(-1, -1, k.shape[2], -1)),
@@ -75,11 +75,12 @@ class ThinK(Codec):
         # (1 - 0.9) * 10 is a hair below 1 in floating point, and is meant to be 1.
         return int((1 - self.ratio) * k_dim + 1e-6)
 
-    def _mask(self, k: Tensor, view: LayerView) -> Tensor:
+    def _mask(self, view: LayerView) -> Tensor:
         """Which channels stay, bool [kv_heads, k_dim]."""
-        kv_heads, k_dim = k.shape[0], k.shape[3]
+        k, _ = view.keys_values()
+        kv_heads, _, k_dim = k.shape
         query_norms = view.queries(self.window).float().norm(dim=0)  # [q_heads, k_dim]
-        key_norms = k.float().flatten(1, 2).norm(dim=1)
+        key_norms = torch.linalg.vector_norm(k, dim=1, dtype=torch.float32)
         scores = group_sum(query_norms, kv_heads) * key_norms
         return top_mask(scores, [self._kept(k_dim)] * kv_heads)
 
