@@ -111,6 +111,32 @@ def test_the_order_of_terms_does_not_matter() -> None:
     assert {hash(plan) for plan in plans} == {hash(plans[0])}
 
 
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (HeadAdaptive(), KIVI(), SnapKV()),  # two of them share out the budget of nothing
+        (D2O(), KIVI(), Quest(), SnapKV()),  # D2O alone brings an eviction that KIVI bars
+    ],
+    ids=lambda terms: terms[0].method_name(),
+)
+def test_terms_are_added_in_any_order(terms: tuple[base.Method, ...]) -> None:
+    whole = Plan.parse(" + ".join(map(str, terms)))
+
+    for first, *rest in itertools.permutations(terms):
+        plan = Plan((first,))
+        for method in rest:
+            plan = plan + method
+        assert plan.whole() == whole
+        assert first + str(rest[0]) == str(first) + rest[0]
+
+
+def test_a_part_of_a_plan_is_refused_where_it_is_to_be_used() -> None:
+    with pytest.raises(PlanError, match="headadaptive shares a budget out"):
+        Plan.parse(HeadAdaptive() + KIVI())
+    with pytest.raises(PlanError, match="d2o goes on evicting single tokens"):
+        Plan.parse(D2O() + KIVI())
+
+
 def test_names_are_read_in_any_case_and_spacing() -> None:
     assert Plan.parse("  SnapKV( budget = 1_00 )+Kivi ") == SnapKV(budget=100) + KIVI()
 
@@ -134,6 +160,19 @@ def test_one_token_is_not_the_whole_prompt() -> None:
     one, all_of_it = Plan.parse("h2o(budget=1)"), Plan.parse("h2o(budget=1.0)")
 
     assert (str(one), str(all_of_it)) == ("h2o(budget=1)", "h2o(budget=1.0)")
+    assert one != all_of_it
+    assert H2O(budget=1) != H2O(budget=1.0)
+    assert {one: "token", all_of_it: "share"} == {Plan((H2O(budget=1),)): "token"} | {
+        Plan((H2O(budget=1.0),)): "share"
+    }
+
+
+def test_methods_are_equal_when_class_and_parameters_are() -> None:
+    assert H2O(budget=64) == METHODS["h2o"](budget=64)
+    assert hash(H2O(budget=64)) == hash(H2O(budget=64))
+    assert H2O(budget=64) != H2O(budget=65)
+    assert H2O(budget=64) != SnapKV(budget=64)
+    assert H2O() != "h2o()"
 
 
 # What a plan says of itself
@@ -295,7 +334,7 @@ def test_every_rule_refuses_a_pair_of_each_of_its_stages_and_names_both(rule: An
         if first.stage == rule.stage and reason is not None and words(rule.reason) in reason:
             refused.add(second.stage)
             with pytest.raises(PlanError) as error:
-                Plan((first, second))
+                Plan((first, second)).whole()
             assert first.method_name() in str(error.value)
             assert second.method_name() in str(error.value)
             assert words(rule.reason) in str(error.value)
@@ -319,12 +358,15 @@ def test_an_eviction_that_goes_on_is_refused_where_it_acts_and_only_there() -> N
     assert "pruning goes on evicting" in str(conflict(Pruning(), KIVI()))
 
 
-def test_a_merging_methods_budget_is_not_ignored_in_silence() -> None:
+def test_what_a_merging_method_is_given_is_not_ignored_in_silence() -> None:
     assert refusal("snapkv(budget=0.1) + d2o(budget=0.3)") == (
-        "snapkv and d2o cannot be composed: the budget of d2o is that of the eviction it brings, "
-        "and here snapkv evicts; give snapkv the budget"
+        "snapkv and d2o cannot be composed: d2o uses budget in the eviction that it brings, and "
+        "here snapkv evicts; set the budget of snapkv instead"
     )
+    assert "d2o uses budget and heavy in" in refusal("d2o(budget=0.3, heavy=0.5) + h2o()")
+    assert "kvmerger uses recent in" in refusal("kvmerger(recent=0.5) + h2o()")
     assert Plan.parse("snapkv(budget=0.1) + d2o(beta=0.5)").evict == SnapKV(budget=0.1)
+    assert Plan.parse("h2o() + kvmerger(threshold=0.5)").evict == H2O()
 
 
 def test_methods_know_their_own_conflicts() -> None:

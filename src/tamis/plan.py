@@ -3,7 +3,8 @@
 A plan is a composition of methods, at most one per stage, written the same way in Python and as a
 string: `SnapKV(budget=0.1) + KIVI(bits=2)` and `"snapkv(budget=0.1) + kivi(bits=2)"`. The empty
 plan is `"dense"`: exact attention over every token. A plan that cannot work is refused here, when
-it is made, not when it runs.
+it is made or, where a further term could still make it whole, when it is handed over to be used;
+never when it runs.
 """
 
 from __future__ import annotations
@@ -52,46 +53,45 @@ class Plan:
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        """Order the methods and check that they compose.
+        """Order the methods, and refuse those that no other method could bring together.
 
         Raises:
-            PlanError: two methods of one stage, a method without the one it acts on, or two that
-                cannot be composed.
+            PlanError: two methods of one stage, or two that cannot be composed.
         """
         ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
         object.__setattr__(self, "methods", tuple(ordered))
-        for first, second in combinations(ordered, 2):
-            reason = _why_not(first, second, self.evict)
-            if reason is not None:
-                raise PlanError(
-                    f"{first.method_name()} and {second.method_name()} cannot be composed: {reason}"
-                )
+        _check_pairs(self.methods, _of(Evict, self.methods))
+
+    @classmethod
+    def parse(cls, plan: str | Plan | Method | None) -> Plan:
+        """The whole plan that a string names; None and "dense" are exact attention.
+
+        Raises:
+            PlanError: the string is not a plan, names an unknown method or parameter, or what it
+                names cannot be composed or is not whole.
+        """
+        return _as_plan(plan).whole()
+
+    def whole(self) -> Plan:
+        """This plan, if it can run as it is.
+
+        Terms are added in any order, so that a sum may lack on its way what a later term brings:
+        `HeadAdaptive() + KIVI()` before `+ SnapKV()`. It is judged here, when it is to be used.
+
+        Raises:
+            PlanError: a method lacks the one it acts on, or cannot be composed with the eviction
+                that another brings because the plan names none.
+        """
+        _check_pairs(self.methods, self.evict)
         if self.budget is not None and self.evict is None:
             raise PlanError(
                 f"{self.budget.method_name()} shares a budget out among layers or heads, so the "
                 "plan needs a method that evicts, e.g. 'snapkv(budget=0.1)'"
             )
-
-    @classmethod
-    def parse(cls, plan: str | Plan | Method | None) -> Plan:
-        """The plan that a string names; None and "dense" are exact attention.
-
-        Raises:
-            PlanError: the string is not a plan, names an unknown method or parameter, or what it
-                names cannot be composed.
-        """
-        if plan is None:
-            return cls()
-        if isinstance(plan, Plan):
-            return plan
-        if isinstance(plan, Method):
-            return cls((plan,))
-        if not isinstance(plan, str):
-            raise PlanError(f"a plan is a string such as 'dense', not {type(plan).__name__}")
-        return cls(tuple(_parse(plan)))
+        return self
 
     def __add__(self, other: Plan | Method | str) -> Plan:
-        return Plan(self.methods + Plan.parse(other).methods)
+        return Plan(self.methods + _as_plan(other).methods)
 
     __radd__ = __add__
 
@@ -181,6 +181,33 @@ def conflict(first: Method, second: Method) -> str | None:
     """Why a plan of these two methods is impossible, in a clause; None if they compose."""
     one, other = sorted((first, second), key=lambda method: STAGES.index(method.stage))
     return _why_not(one, other, _eviction((one, other)))
+
+
+def _as_plan(plan: str | Plan | Method | None) -> Plan:
+    """The plan that a string names, whole or a part of one."""
+    if plan is None:
+        return Plan()
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Method):
+        return Plan((plan,))
+    if not isinstance(plan, str):
+        raise PlanError(f"a plan is a string such as 'dense', not {type(plan).__name__}")
+    return Plan(tuple(_parse(plan)))
+
+
+def _check_pairs(methods: Sequence[Method], evict: Evict | None) -> None:
+    """Refuse two methods, of some in the order of their stages, that cannot be composed.
+
+    Args:
+        evict: the eviction of their plan; None while it may still be given one.
+    """
+    for first, second in combinations(methods, 2):
+        reason = _why_not(first, second, evict)
+        if reason is not None:
+            raise PlanError(
+                f"{first.method_name()} and {second.method_name()} cannot be composed: {reason}"
+            )
 
 
 def _of(kind: type[_M], methods: Sequence[Method]) -> _M | None:
@@ -280,12 +307,6 @@ def _goes_on(a: Method, b: Method, evict: Evict | None) -> bool:
     return evict is not None and brought == evict and evict.interval is not None
 
 
-def _budget_without_use(a: Method, b: Method, evict: Evict | None) -> bool:
-    """Whether a merging method is given a budget, of which only its own eviction would know."""
-    merge = cast(Merge, a)
-    return merge.eviction().budget != type(merge)().eviction().budget
-
-
 class _Rule(NamedTuple):
     """Methods of one stage that do not compose with methods of some others.
 
@@ -359,13 +380,6 @@ _RULES = (
         ("evict", "merge", "budget", "heads"),
         lambda a, b, evict: cast(Tokens, a).eviction() is not None,
         "{a} decides itself what its layers keep",
-    ),
-    _Rule(
-        "merge",
-        ("evict",),
-        _budget_without_use,
-        "the budget of {a} is that of the eviction it brings, and here {b} evicts; "
-        "give {b} the budget",
     ),
 )
 """Pairs of methods that do not compose: when, and why."""

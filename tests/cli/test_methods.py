@@ -84,9 +84,9 @@ def test_it_names_just_the_methods_that_plans_refuse(tamis: Tamis, name: str) ->
         pair = (methods()[name](), methods()[other]())
         if other in conflicts:
             with pytest.raises(PlanError, match=re.escape(conflicts[other])):
-                Plan(pair)
+                Plan(pair).whole()
         elif "budget" not in {method.stage for method in pair}:  # those need an eviction too
-            assert set(Plan(pair).methods) == set(pair)
+            assert set(Plan(pair).whole().methods) == set(pair)
 
 
 @EVERY

@@ -94,7 +94,7 @@ def example(kind: type[Method]) -> str:
         if Plan.parse(partner).methods[0].stage == kind.stage:
             continue
         try:
-            return str(kind() + partner)
+            return str(Plan.parse(kind() + partner))
         except PlanError:
             continue
     return str(kind())

@@ -503,7 +503,7 @@ class Engine:
             )
         if plan.dense or plan in self._sound:
             return
-        evict = plan.evict
+        evict = plan.whole().evict
         if evict is not None and evict.in_cache_positions and not self.model.can_shift:
             raise PlanError(
                 f"{evict.method_name()} moves keys to other positions, which this model's "

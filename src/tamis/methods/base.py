@@ -107,6 +107,11 @@ def resolve(budget: int | float, prompt_tokens: int) -> int:
     return max(1, int(tokens))
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values of a parameter are the same: 1 token is not 1.0 of all."""
+    return type(value) is type(other) and bool(value == other)
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Base of all methods.
@@ -118,6 +123,12 @@ class Method(ABC):
     stage: ClassVar[str]
     paper: ClassVar[str]
     query_dependent: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Have every method compare as this class does: a dataclass of its own would be given an
+        equality of values, to which 1 token is 1.0 of all."""
+        if "__eq__" not in vars(cls):
+            cls.__eq__ = Method.__eq__  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         """Check every parameter against its declaration.
@@ -140,7 +151,15 @@ class Method(ABC):
         """The plan of both."""
         from tamis.plan import Plan  # plans are made of methods
 
-        return Plan((self, *Plan.parse(other).methods))
+        return Plan((self,)) + other
+
+    __radd__ = __add__
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same method with parameters of the same types and values."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     @classmethod
     def method_name(cls) -> str:
@@ -151,9 +170,7 @@ class Method(ABC):
         """The method as a plan writes it: parameters that differ from their defaults."""
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
         changed = (
-            f"{name}={value!r}"
-            for name, value, default in values
-            if (type(value), value) != (type(default), default)  # 1 token is not 1.0 of all
+            f"{name}={value!r}" for name, value, default in values if not _same(value, default)
         )
         return f"{self.method_name()}({', '.join(changed)})"
 
@@ -284,9 +301,25 @@ class Budget(Method):
 
 
 class Merge(Method):
-    """What becomes of evicted tokens: their keys and values change those that stay."""
+    """What becomes of evicted tokens: their keys and values change those that stay.
+
+    Attributes:
+        of_eviction: its parameters that nothing but the eviction it brings uses.
+    """
 
     stage = "merge"
+    of_eviction: ClassVar[tuple[str, ...]] = ("budget",)
+
+    def conflict(self, other: Method) -> str | None:
+        """Another eviction, where this method was given parameters for its own."""
+        defaults = {f.name: f.default for f in fields(self) if f.name in self.of_eviction}
+        given = [name for name in defaults if not _same(getattr(self, name), defaults[name])]
+        if not isinstance(other, Evict) or not given:
+            return None
+        return (
+            f"{self.method_name()} uses {' and '.join(given)} in the eviction that it brings, and "
+            f"here {other.method_name()} evicts; set the budget of {other.method_name()} instead"
+        )
 
     @abstractmethod
     def eviction(self) -> Evict:

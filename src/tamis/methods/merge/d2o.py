@@ -67,10 +67,14 @@ class D2O(Merge):
     here several may go at once. Keys are compared and averaged as they are cached, rotated. The
     layer-level half of D2O, budgets by the variance of a layer's attention, is the business of the
     stage `budget`; compose with one of its methods.
+
+    Without another eviction in the plan, the token-level eviction of D2O is in it, with `budget`
+    and `heavy`, which are refused beside another.
     """
 
     paper = _PAPER
     query_dependent = True
+    of_eviction = ("budget", "heavy")
 
     budget: int | float = budget_param(0.2)
     heavy: float = param(0.75, "share of the budget for heavy hitters", minimum=0, maximum=1)

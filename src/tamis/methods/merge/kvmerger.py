@@ -73,12 +73,14 @@ class KVMerger(Merge):
     too: a head within its budget keeps all its tokens, and of a head that still has more than its
     budget after merging, the pivots with the least attention are dropped. The mean in sigma is
     over the tokens that are merged, the pivot not counted. Sets are found once, at the prompt's
-    end. With another eviction, an evicted token joins the kept token of its set with the highest
-    score, and is dropped if there is none. Keys are compared as they are cached, rotated.
+    end. With another eviction, beside which `budget`, `recent` and `heavy` are refused, an evicted
+    token joins the kept token of its set with the highest score, and is dropped if there is none.
+    Keys are compared as they are cached, rotated.
     """
 
     paper = _PAPER
     query_dependent = True
+    of_eviction = ("budget", "recent", "heavy")
 
     budget: int | float = budget_param(0.5)
     threshold: float = param(0.75, "cosine similarity that joins neighbours", minimum=-1, maximum=1)
