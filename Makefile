@@ -1,5 +1,6 @@
 # make demo   facts found in a long text, and measured  make lint    style, types, import contracts
 # make test   the tests                                 make clean   remove everything built here
+# make sanitize   the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 #
 # Each creates .venv on its first run and reinstalls tamis when its sources have changed.
 # Another interpreter: make demo PYTHON=python3.12
@@ -14,7 +15,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt) \
            $(shell find src native $(wildcard models) -type f -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/tamis demo
@@ -27,6 +28,18 @@ lint: $(VENV)/$(EXTRAS).stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Python itself is not instrumented, hence the preloaded runtimes; it leaks on purpose.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/$(EXTRAS).stamp
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DTAMIS_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site && cp -r src/tamis $(SANITIZED)/site/
+	rm -f $(SANITIZED)/site/tamis/*.so
+	$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/site
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/site \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/attention tests/model/test_linear.py tests/cache/test_moves.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
