@@ -30,6 +30,9 @@ DTYPES = {
 }
 """The dtypes a model may run in, by each name that is accepted for them."""
 
+NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The numbers by which the compiled kernels know dtypes (`DType` in native/element.h)."""
+
 _UNITS = {
     "": 1,
     "b": 1,

@@ -8,9 +8,7 @@ import torch
 
 from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache.format import PagedKV
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The numbers by which the extension knows dtypes (`DType` in native/element.h)."""
+from tamis.platform import NATIVE_DTYPES
 
 
 def decode(
@@ -55,7 +53,7 @@ def decode(
     extension.decode(
         isa=isa or "",
         threads=torch.get_num_threads(),
-        dtype=DTYPE_CODES[q.dtype],
+        dtype=NATIVE_DTYPES[q.dtype],
         n=n,
         q_heads=q_heads,
         kv_heads=lengths.shape[1],
@@ -134,7 +132,7 @@ def prefill(
     extension.prefill(
         isa=isa or "",
         threads=torch.get_num_threads(),
-        dtype=DTYPE_CODES[q.dtype],
+        dtype=NATIVE_DTYPES[q.dtype],
         tokens=tokens,
         q_heads=q_heads,
         kv_heads=kv_heads,

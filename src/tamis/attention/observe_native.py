@@ -6,8 +6,8 @@ from types import ModuleType
 
 import torch
 
-from tamis.attention.native import DTYPE_CODES
 from tamis.cache.format import PagedKV
+from tamis.platform import NATIVE_DTYPES
 
 
 def chunk_scores(
@@ -108,7 +108,7 @@ def _run(
         isa=isa or "",
         threads=torch.get_num_threads(),
         chunk=chunk,
-        dtype=DTYPE_CODES[q.dtype],
+        dtype=NATIVE_DTYPES[q.dtype],
         n=q.shape[0],
         q_heads=q.shape[1],
         kv_heads=kv.lengths.shape[1],

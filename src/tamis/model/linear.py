@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tamis.platform import native_for, native_module
+from tamis.platform import NATIVE_DTYPES, native_for, native_module
 
-DTYPE_CODES = {torch.float16: 1, torch.bfloat16: 2}
-"""The numbers by which the extension knows the dtypes served here (`DType` in native/element.h)."""
+_SERVED = (torch.float16, torch.bfloat16)
 
 MAX_ROWS = 16
 """Up to so many rows the kernel is no slower than torch for any matrix (docs/kernels.md)."""
@@ -54,7 +53,7 @@ def linear(
     extension.linear(
         isa or "",
         torch.get_num_threads(),
-        DTYPE_CODES[x.dtype],
+        NATIVE_DTYPES[x.dtype],
         rows.numel() // width,
         width,
         out,
@@ -84,7 +83,7 @@ def small_batches(network: nn.Module) -> None:
 def _served(module: nn.Linear) -> bool:
     """Whether the kernel exists here and can read this layer's weight."""
     weight = module.weight
-    readable = weight.is_cpu and weight.dtype in DTYPE_CODES and weight.is_contiguous()
+    readable = weight.is_cpu and weight.dtype in _SERVED and weight.is_contiguous()
     return readable and native_for(None, weight) is not None
 
 
@@ -104,7 +103,7 @@ def _alike(x: torch.Tensor, weight: torch.Tensor) -> bool:
         0 < x.numel() <= MAX_ROWS * width
         and x.shape[-1] == width
         and x.dtype == weight.dtype
-        and x.dtype in DTYPE_CODES
+        and x.dtype in _SERVED
         and x.is_cpu
         and weight.is_cpu
     )
