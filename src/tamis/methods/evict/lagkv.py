@@ -34,8 +34,10 @@ class LagKV(Evict):
     - The standard deviation is the unbiased one, as in the reference code; a channel that does not
       vary in partition `p + 1` has its range taken as 1e-6.
 
-    A partition that was compressed holds no more than `n` tokens, so it is never compressed again,
-    and the result does not depend on the chunks in which the prompt came.
+    A partition that was compressed holds no more than `n` tokens, so it is never compressed again:
+    for given keys and values, which tokens stay does not depend on the chunks in which they came.
+    Those keys and values themselves do, in all layers but the first, since the queries of a chunk
+    see what was left of the chunks before it.
     """
 
     paper: ClassVar[str] = (
