@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tamis import LLM, AsyncLLM, Plan, SamplingParams
-from tamis.errors import KVMemoryError, PlanError, RequestError
+from tamis.errors import EngineError, KVMemoryError, PlanError, RequestError
 from tests.tiny_models import EOS
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -332,7 +332,7 @@ def test_closing_aborts_what_runs_and_refuses_what_comes(llm: LLM) -> None:
         rest = [i async for i in stream]
         assert rest[-1].finish_reason == "abort"
         assert served.engine.cache.bytes_in_use == 0
-        with pytest.raises(RequestError, match="closed"):
+        with pytest.raises(EngineError, match="closed"):
             await anext(served.generate("hello", PARAMS))
         served.close()
 

@@ -35,5 +35,9 @@ class KVMemoryError(TamisError, MemoryError):
     """The KV memory is too small for one request, however it is scheduled."""
 
 
+class EngineError(TamisError, RuntimeError):
+    """The engine ended before a request did."""
+
+
 class TamisWarning(UserWarning):
     """Something works, but not as well as it could on this machine."""

@@ -9,9 +9,10 @@ import logging
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from rich.progress import (
 from tamis.engine.engine import Engine
 from tamis.engine.outputs import Increment, RequestOutput
 from tamis.engine.scheduler import Preemption
+from tamis.engine.stream import RequestStream
 from tamis.engine.trace import Trace
-from tamis.errors import ConfigError, RequestError
+from tamis.errors import ConfigError, EngineError, RequestError
+from tamis.guide import JsonGuide, Vocabulary
 from tamis.inspection import Inspection
 from tamis.inspection.assemble import assemble
 from tamis.methods.base import Method
@@ -112,6 +115,31 @@ class LLM:
             host_bytes=kv_bytes if host_memory is None else parse_bytes(host_memory),
         )
         self._inboxes: dict[str, list[Increment]] = {}
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens as bytes; made when it is first asked for.
+
+        Raises:
+            RequestError: the model directory has no tokenizer. ConfigError: the grammar library is
+            not installed.
+        """
+        model = self.model
+        if model.tokenizer is None:
+            raise RequestError("this model directory has no tokenizer, so its tokens have no text")
+        return Vocabulary(model.tokenizer, model.vocab_size, model.eos_token_ids)
+
+    def json_guide(self, schema: Mapping[str, Any] | None = None) -> JsonGuide:
+        """What makes an output JSON that fits a schema; give it to `SamplingParams(guide=...)`.
+
+        Args:
+            schema: a JSON schema; None is any object.
+
+        Raises:
+            RequestError: the schema is not one, or asks for what cannot be guided; or there is no
+            tokenizer. ConfigError: the grammar library is not installed.
+        """
+        return JsonGuide(self.vocabulary, schema)
 
     @property
     def has_chat_template(self) -> bool:
@@ -279,13 +307,18 @@ class AsyncLLM:
                 print(increment.text, end="")
 
     Args:
-        As `LLM`.
+        max_pending: increments of one completion that may wait for their reader; the request of
+            one who falls further behind is ended.
+        settings: as `LLM`.
     """
 
-    def __init__(self, model: str | Path | Model, **settings: Any) -> None:
+    def __init__(
+        self, model: str | Path | Model, *, max_pending: int = 4096, **settings: Any
+    ) -> None:
         self._llm = LLM(model, **settings)
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, Callable[[Increment], None]] = {}
+        self._max_pending = max_pending
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._streams: dict[str, RequestStream] = {}
         self._names = itertools.count()
         self._closed = False
         self._lock = threading.Lock()  # nothing is queued behind the command to close
@@ -297,9 +330,97 @@ class AsyncLLM:
         return self._llm.model
 
     @property
+    def plan(self) -> Plan:
+        """The plan of requests that bring none."""
+        return self._llm.plan
+
+    @property
     def engine(self) -> Engine:
         """The engine, for reading its counters; only its own thread may call it."""
         return self._llm.engine
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken: it was not closed, and its thread runs."""
+        return not self._closed and self._thread.is_alive()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """As `LLM.has_chat_template`."""
+        return self._llm.has_chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """As `LLM.encode`."""
+        return self._llm.encode(text)
+
+    def encode_chat(self, messages: Seq[Mapping[str, str]]) -> list[int]:
+        """As `LLM.encode_chat`."""
+        return self._llm.encode_chat(messages)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """As `LLM.vocabulary`."""
+        return self._llm.vocabulary
+
+    def json_guide(self, schema: Mapping[str, Any] | None = None) -> JsonGuide:
+        """As `LLM.json_guide`."""
+        return self._llm.json_guide(schema)
+
+    async def submit(
+        self,
+        prompts: Seq[Prompt],
+        params: SamplingParams | None = None,
+        plan: str | Plan | None = None,
+        request_ids: Seq[str] | None = None,
+    ) -> RequestStream:
+        """Have prompts taken in, all of them or none.
+
+        The caller reads the stream to its end, or calls `leave`.
+
+        Args:
+            prompts: one request each.
+            params: of all of them.
+            plan: of all of them; None is the `LLM`'s own.
+            request_ids: names, one per prompt; by default numbers.
+
+        Raises:
+            As `LLM.generate`; EngineError after `close()`.
+        """
+        loop = asyncio.get_running_loop()
+        tokens = [
+            await asyncio.to_thread(self.encode, prompt) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        its_plan = self._llm.plan if plan is None else Plan.parse(plan)
+        its_params = params or SamplingParams()
+        if request_ids is None:
+            request_ids = [f"async-{next(self._names)}" for _ in prompts]
+        stream = RequestStream(loop, request_ids, self._max_pending * its_params.n)
+
+        def add() -> None:
+            engine = self._llm.engine
+            try:
+                for name, ids in zip(stream.request_ids, tokens, strict=True):
+                    engine.add_request(ids, its_params, its_plan, name)
+                    self._streams[name] = stream
+            except BaseException:
+                self._leave(stream)
+                raise
+
+        try:
+            await asyncio.wrap_future(self._submit(add))
+        except asyncio.CancelledError:
+            self.leave(stream)
+            raise
+        return stream
+
+    def leave(self, stream: RequestStream) -> None:
+        """End what is left of a stream's requests; their pages are free before the next step.
+
+        Returns at once; may be called at any time, from any thread.
+        """
+        with contextlib.suppress(EngineError):  # closed: they were aborted then
+            self._submit(lambda: self._leave(stream))
 
     async def generate(
         self,
@@ -311,42 +432,27 @@ class AsyncLLM:
         """Run one prompt; yields what each step adds, the whole output on the last increment.
 
         Leaving the iterator early, or cancelling the task that reads it, frees the request's
-        pages before the next step.
+        pages before the next step. The request of a reader who falls `max_pending` increments
+        behind ends with an error.
 
         Raises:
-            As `LLM.generate`; RequestError also after `close()`.
+            As `LLM.generate`; EngineError after `close()`.
         """
-        loop = asyncio.get_running_loop()
-        tokens = self._llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        its_plan = self._llm.plan if plan is None else Plan.parse(plan)
-        name = f"async-{next(self._names)}" if request_id is None else request_id
-        increments: asyncio.Queue[Increment] = asyncio.Queue()
-
-        def deliver(increment: Increment) -> None:
-            loop.call_soon_threadsafe(increments.put_nowait, increment)
-
-        def add() -> None:
-            self._llm.engine.add_request(tokens, params or SamplingParams(), its_plan, name)
-            self._streams[name] = deliver
-
-        def leave() -> None:
-            if self._streams.get(name) is deliver:  # not somebody else's request of that name
-                self._abort(name)
-
+        names = None if request_id is None else [request_id]
+        stream = await self.submit([prompt], params, plan, names)
         try:
-            await asyncio.wrap_future(self._submit(add))
-            while True:
-                increment = await increments.get()
+            async for increment in stream:
                 yield increment
-                if increment.output is not None:
-                    return
         finally:
-            with contextlib.suppress(RequestError):  # closed: it was aborted then
-                self._submit(leave)
+            self.leave(stream)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last increment with finish_reason "abort"."""
         await asyncio.wrap_future(self._submit(lambda: self._abort(request_id)))
+
+    async def abort_all(self, error: str) -> None:
+        """End every request; readers get a last increment with finish_reason "error"."""
+        await asyncio.wrap_future(self._submit(lambda: self._abort_all(error)))
 
     def close(self) -> None:
         """Abort all requests and end the engine's thread. Safe to call twice."""
@@ -362,63 +468,122 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.close)
 
-    def _submit(self, command: Callable[[], None]) -> Future[None]:
-        """Have the engine's thread run `command` between two steps."""
-        future: Future[None] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                command()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
+    def _submit(self, action: Callable[[], None]) -> Future[None]:
+        """Have the engine's thread run `action` between two steps."""
+        command = _Command(action)
         with self._lock:
             if self._closed:
-                raise RequestError("this AsyncLLM is closed")
-            self._commands.put(run)
-        return future
+                raise EngineError("this AsyncLLM is closed")
+            self._commands.put(command)
+        return command.done
+
+    # --- the engine's thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
-        """The engine's thread: commands first, then a step, until it is closed."""
-        while True:
-            try:
-                command = self._commands.get(block=self._llm.engine.idle)
-            except queue.Empty:
-                self._step()
-                continue
-            if command is None:
-                self._abort_all()
-                return
-            command()
+        """Commands first, then a step, until it is closed. Whatever happens, nobody waits on."""
+        try:
+            while True:
+                try:
+                    command = self._commands.get(block=self._llm.engine.idle)
+                except queue.Empty:
+                    self._step()
+                    continue
+                if command is None:
+                    self._abort_all()
+                    return
+                command.run()
+        except BaseException:
+            _log.critical("the engine's thread died", exc_info=True)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Take nothing more, and fail what is open after the thread has died."""
+        reason = "the engine has ended; restart it"
+        with self._lock:
+            self._closed = True
+        for stream in {id(stream): stream for stream in self._streams.values()}.values():
+            stream.fail(reason)
+            self._wake([stream])
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None:
+                    command.done.set_exception(EngineError(reason))
 
     def _step(self) -> None:
         try:
             increments = self._llm.engine.step()
-        except Exception:
+        except Exception as error:
             _log.exception("the engine failed outside the model; every request is aborted")
-            self._abort_all()
+            self._abort_all(f"the engine failed: {type(error).__name__}")
             return
-        for increment in increments:
-            self._deliver(increment)
+        self._deliver(increments)
 
-    def _abort_all(self) -> None:
+    def _abort_all(self, error: str | None = None) -> None:
         for request_id in list(self._streams):
-            self._abort(request_id)
+            self._abort(request_id, error)
 
-    def _abort(self, request_id: str) -> None:
-        for increment in self._llm.engine.abort(request_id):
-            self._deliver(increment)
+    def _abort(self, request_id: str, error: str | None = None) -> None:
+        self._deliver(self._llm.engine.abort(request_id, error))
 
-    def _deliver(self, increment: Increment) -> None:
-        deliver = self._streams.get(increment.request_id)
-        if increment.output is not None:
-            self._streams.pop(increment.request_id, None)
-        if deliver is not None:
-            deliver(increment)
+    def _leave(self, stream: RequestStream) -> None:
+        for request_id in stream.request_ids:
+            if self._streams.get(request_id) is stream:  # not somebody else's request of that name
+                self._abort(request_id)
+
+    def _deliver(self, increments: Iterable[Increment]) -> None:
+        """Hand increments to their streams, and wake each reader's loop once."""
+        awake: dict[int, RequestStream] = {}
+        for increment in increments:
+            stream = self._streams.get(increment.request_id)
+            if stream is None:
+                continue
+            if increment.output is not None:
+                del self._streams[increment.request_id]
+            stream.put(increment)
+            awake[id(stream)] = stream
+        self._wake(awake.values())
+        for stream in awake.values():
+            if stream.overdue:
+                reason = "the answer was not read as fast as it was generated"
+                for request_id in stream.request_ids:
+                    if self._streams.get(request_id) is stream:
+                        self._abort(request_id, reason)
+
+    def _wake(self, streams: Iterable[RequestStream]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[RequestStream]] = {}
+        for stream in streams:
+            by_loop.setdefault(stream.loop, []).append(stream)
+        for loop, of_loop in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_wake_all, of_loop)
+            except RuntimeError:  # the loop is closed, and its readers are gone
+                for stream in of_loop:
+                    self._leave(stream)
+
+
+class _Command:
+    """Something for the engine's thread to do."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.done: Future[None] = Future()
+        self._action = action
+
+    def run(self) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            self._action()
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
+def _wake_all(streams: Iterable[RequestStream]) -> None:
+    for stream in streams:
+        stream.wake()
 
 
 class _Progress:

@@ -5,12 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import cast
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from tamis.errors import RequestError
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing logits by less leaves only the largest anyway."""
+
+
+class GuidedOutput(Protocol):
+    """One output that is being generated under a `Guide`."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow any more."""
+
+    def allowed(self, remaining: int) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, bool [vocab], when `remaining` are left, this one among
+        them."""
+
+    def vet(self, token_id: int, remaining: int) -> int:
+        """An allowed token itself, or the one that must be taken in its place."""
+
+    def observe(self, token_id: int) -> None:
+        """Go on after a token that was added to the output."""
+
+    def fork(self) -> GuidedOutput:
+        """A second output that begins as this one did so far."""
+
+
+class Guide(Protocol):
+    """What an output must be, for example JSON that fits a schema (`LLM.json_guide`)."""
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that suffice for an output."""
+
+    def start(self) -> GuidedOutput:
+        """The beginning of an output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +80,7 @@ class SamplingParams:
             bias, temperature and truncation.
         prompt_logprobs: the same for the tokens of the prompt, each under the tokens before it.
         n: how many outputs to generate from the prompt, ≥ 1.
+        guide: what the output must be; it then ends where that is complete, within `max_tokens`.
     """
 
     max_tokens: int | None = 64
@@ -65,6 +101,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         self._set("max_tokens", _optional_integer("max_tokens", self.max_tokens, 1))
@@ -93,6 +130,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             self._set(name, _optional_integer(name, getattr(self, name), 0))
         self._set("n", _integer("n", self.n, 1))
+        if self.guide is not None and self.min_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, but a guide says itself where the output ends; "
+                "leave min_tokens at 0"
+            )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

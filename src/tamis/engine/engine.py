@@ -164,6 +164,7 @@ class Engine:
         self._check(request_id, prompt, params, longest)
         room = longest - len(prompt)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
+        self._check_guide(params, max_new)
         self._check_memory(plan, len(prompt), max_new)
         request = Request(
             request_id, arrival, prompt, params, plan, len(prompt) + max_new, trace=trace
@@ -172,7 +173,7 @@ class Engine:
             request,
             0,
             list(prompt),
-            SamplerState(params, prompt_ids=prompt, eos_token_ids=self.model.eos_token_ids),
+            SamplerState(params, prompt, self.model.eos_token_ids, max_new),
             self._new_text(prompt, params),
         )
         request.sequences.append(sequence)
@@ -187,16 +188,18 @@ class Engine:
         new = sum((r.max_total - len(r.prompt_ids)) * r.params.n for r in requests)
         return prompts, new
 
-    def abort(self, request_id: str) -> list[Increment]:
+    def abort(self, request_id: str, error: str | None = None) -> list[Increment]:
         """End a request and free its pages at once; what it had so far is in its output.
 
+        Its finish_reason is "abort", or "error" where `error` says why it could not go on.
         Unknown and already ended requests are left alone.
         """
         request = self._requests.get(request_id)
         if request is None:
             return []
         open_ = [s for s in request.sequences if s.status is not Status.FINISHED]
-        return [self._finish(sequence, "abort") for sequence in open_]
+        reason: FinishReason = "abort" if error is None else "error"
+        return [self._finish(sequence, reason, error=error) for sequence in open_]
 
     @torch.inference_mode()
     def step(self) -> list[Increment]:
@@ -448,6 +451,8 @@ class Engine:
             reason, sequence.stop_reason = "stop", token
         elif sequence.text is not None and sequence.text.stopped:
             reason, sequence.stop_reason = "stop", sequence.text.stop_reason
+        elif sequence.sampler.complete:
+            reason = "stop"
         elif len(sequence.tokens) >= request.max_total:
             reason = "length"
         if reason is not None:
@@ -549,6 +554,15 @@ class Engine:
         params.validate_for(self.model.vocab_size)
         if params.stop and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model directory has none")
+
+    def _check_guide(self, params: SamplingParams, max_new: int) -> None:
+        """Refuse a guided output for which there are too few tokens."""
+        least = params.guide.least_tokens if params.guide is not None else 0
+        if least > max_new:
+            raise RequestError(
+                f"max_tokens, or what the prompt leaves of the model's context, is {max_new} "
+                f"tokens, and an output that is as asked may take {least}; allow at least as many"
+            )
 
     def _check_memory(self, plan: Plan, n_prompt: int, max_new: int) -> None:
         """Refuse what the cache cannot hold; the last token's KV is never written to it.

@@ -70,6 +70,7 @@ class RequestMetrics:
         kv_bytes_peak: the most its pages ever took.
         kv_bytes_dense: what exact attention would have needed for the same tokens.
         preemptions: how often it had to give its pages up.
+        cached_tokens: tokens of the prompt whose pages were there already.
     """
 
     prompt_tokens: int
@@ -82,6 +83,7 @@ class RequestMetrics:
     kv_bytes_peak: int
     kv_bytes_dense: int
     preemptions: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

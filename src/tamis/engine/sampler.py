@@ -57,12 +57,14 @@ class SamplerState:
         params: the request's parameters.
         prompt_ids: token ids of the prompt, each less than the vocabulary's size.
         eos_token_ids: the model's end-of-sequence ids.
+        max_new: tokens that the output has at the most; its guide must know.
 
     Attributes:
         params: as given.
         stop_ids: the ids that end this sequence: `params.stop_token_ids`, and `eos_token_ids`
             unless `params.ignore_eos`.
         n_tokens: output tokens observed so far.
+        guided: the output under `params.guide`, where there is one.
     """
 
     def __init__(
@@ -70,8 +72,11 @@ class SamplerState:
         params: SamplingParams,
         prompt_ids: Iterable[int] = (),
         eos_token_ids: Iterable[int] = (),
+        max_new: int = 0,
     ) -> None:
         self.params = params
+        self.guided = None if params.guide is None else params.guide.start()
+        self._max_new = max_new
         ending = () if params.ignore_eos else eos_token_ids
         self.stop_ids = frozenset(params.stop_token_ids).union(ending)
         self.n_tokens = 0
@@ -97,11 +102,14 @@ class SamplerState:
         twin._stream = _stream(self._seed, branch)
         twin._seen, twin._counts = self._seen[:], self._counts[:]
         twin._slots = dict(self._slots)
+        twin.guided = None if self.guided is None else self.guided.fork()
         return twin
 
     def observe(self, token_id: int) -> None:
         """Take note of a token that was added to the output."""
         self.n_tokens += 1
+        if self.guided is not None:
+            self.guided.observe(token_id)
         if not self._penalizes:
             return
         slot = self._slots.setdefault(token_id, len(self._seen))
@@ -115,9 +123,20 @@ class SamplerState:
         return self._stream.random()
 
     @property
+    def complete(self) -> bool:
+        """Whether the output is all that its guide allows."""
+        return self.guided is not None and self.guided.finished
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self._max_new - self.n_tokens
+
+    @property
     def adjusts(self) -> bool:
         """Whether the next token's logits need changing before a choice."""
-        return self._penalizes or bool(self.params.logit_bias) or bool(self.blocked_ids)
+        changes = self._penalizes or self.params.logit_bias or self.blocked_ids
+        return bool(changes) or self.guided is not None
 
     @property
     def blocked_ids(self) -> frozenset[int]:
@@ -125,7 +144,7 @@ class SamplerState:
         return self.stop_ids if self.n_tokens < self.params.min_tokens else frozenset()
 
     def adjust(self, row: torch.Tensor) -> None:
-        """Apply bias, penalties and blocked ids to this sequence's logits, in place.
+        """Apply bias, penalties, blocked ids and guide to this sequence's logits, in place.
 
         Args:
             row: logits, fp32 [vocab].
@@ -147,6 +166,9 @@ class SamplerState:
         blocked = [token_id for token_id in self.blocked_ids if token_id < len(row)]
         if blocked:
             row[torch.tensor(blocked, device=device)] = -math.inf
+        if self.guided is not None:
+            allowed = torch.from_numpy(self.guided.allowed(self.remaining)).to(device)
+            row.masked_fill_(~allowed, -math.inf)
 
 
 def _stream(seed: int, branch: int) -> random.Random:
@@ -179,6 +201,9 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled
         probs = probabilities(_rows(adjusted, drawing), [s.params for s in chosen])
         for i, token_id in zip(drawing, _draw(probs, chosen), strict=True):
             token_ids[i] = token_id
+    for i, state in enumerate(states):
+        if state.guided is not None and finite[i]:
+            token_ids[i] = state.guided.vet(token_ids[i], state.remaining)
 
     results = [
         Sampled(token_id) if ok else Sampled(-1, finite=False)
