@@ -18,7 +18,9 @@ from tamis.engine.flat import FlatBatch, as_logprob
 from tamis.engine.layered import Member, StepBatch
 from tamis.engine.lifecycle import Lifecycle, columns
 from tamis.engine.memory import prompt_tokens_held
+from tamis.engine.order import FirstCome, Order
 from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
+from tamis.engine.pace import Full, Pace
 from tamis.engine.program import Program
 from tamis.engine.sampler import Sampled, SamplerState, sample
 from tamis.engine.scheduler import Preemption, Scheduler, Work
@@ -72,6 +74,9 @@ class Engine:
         preemption: "recompute" forgets the pages of a preempted sequence, "swap" moves them to
             `swap_bytes` bytes of host memory (and forgets them when those are full).
         host_bytes: host memory for the pages of plans that place them there.
+        order: who goes first; by default who came first.
+        pace: how many prompt tokens join a step in which other requests decode; by default as many
+            as fit.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -89,6 +94,8 @@ class Engine:
         preemption: Preemption = "recompute",
         swap_bytes: int = 0,
         host_bytes: int = 0,
+        order: Order | None = None,
+        pace: Pace | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_tokens", max_batch_tokens),
@@ -117,7 +124,14 @@ class Engine:
             )
         self.shape = _shape(model)
         self.scheduler = Scheduler(
-            self.cache, max_batch_tokens, max_running, preemption, self.shape, model.shift_keys
+            self.cache,
+            max_batch_tokens,
+            max_running,
+            preemption,
+            self.shape,
+            model.shift_keys,
+            order or FirstCome(),
+            pace or Full(),
         )
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
@@ -136,6 +150,9 @@ class Engine:
         plan: Plan | None = None,
         request_id: str | None = None,
         trace: Trace | None = None,
+        *,
+        priority: int = 0,
+        user: str = "",
     ) -> str:
         """Take a request in; its work begins with the next `step()`.
 
@@ -145,6 +162,7 @@ class Engine:
             plan: how its KV cache lives.
             request_id: a name of the caller's; by default a number.
             trace: where to record what the plan does.
+            priority, user: what the engine's order may go by.
 
         Returns:
             The request's id.
@@ -167,7 +185,15 @@ class Engine:
         self._check_guide(params, max_new)
         self._check_memory(plan, len(prompt), max_new)
         request = Request(
-            request_id, arrival, prompt, params, plan, len(prompt) + max_new, trace=trace
+            request_id,
+            arrival,
+            prompt,
+            params,
+            plan,
+            len(prompt) + max_new,
+            priority,
+            user,
+            trace=trace,
         )
         sequence = Sequence(
             request,
@@ -217,6 +243,8 @@ class Engine:
         work, stuck = self.scheduler.schedule()
         increments = [self._finish(s, "error", error=self._stuck_message(s)) for s in stuck]
         if work:
+            n_decoding = sum(not item.sequence.in_prompt for item in work)
+            n_prompt = sum(item.n_tokens for item in work if item.sequence.in_prompt)
             try:
                 outcomes, failed = self._forward(work)
             except Exception as error:
@@ -226,6 +254,9 @@ class Engine:
                 message = f"{type(reason).__name__}: {reason}"
                 increments.append(self._finish(sequence, "error", error=message))
             increments += self._extend(outcomes)
+            if not failed:
+                seconds = time.perf_counter() - start
+                self.scheduler.costs.observe(seconds, n_decoding, n_prompt)
         elif not stuck and not self.idle:
             raise RuntimeError("no sequence can run, and none is stuck: a bug in the scheduler")
         self.stats.steps += 1
@@ -338,6 +369,7 @@ class Engine:
             self.stats.prefill_tokens += n
         else:
             self.stats.decode_tokens += n
+        self.scheduler.order.served(sequence, n)
         sequence.n_computed += n
         if sequence.life is not None:
             sequence.life.count_attention(n)

@@ -1,9 +1,10 @@
 """Which work goes into the next step.
 
 Running sequences that decode come first, one token each, so no long prompt ever stalls them; what
-is left of the token budget goes to chunks of prompts, oldest first. Pages are reserved here, before
-the step, so the step itself cannot run out of memory. When pages are short, the newest sequence
-gives its pages up: it is swapped to host memory, or forgotten and recomputed later.
+is left of the token budget goes to chunks of prompts, as much as the pace allows. Who goes first
+is the order's to say. Pages are reserved here, before the step, so the step itself cannot run out
+of memory. When pages are short, the last sequence in order gives its pages up: it is swapped to
+host memory, or forgotten and recomputed later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 from tamis.cache import OutOfPages, OutOfSwap, PagedCache
 from tamis.engine.lifecycle import Lifecycle, ShiftKeys, columns
 from tamis.engine.memory import prompt_bytes
+from tamis.engine.order import Order
+from tamis.engine.pace import Costs, Pace
 from tamis.engine.program import Program
 from tamis.engine.sequence import Sequence, Status
 from tamis.methods.base import Draft
@@ -31,7 +34,7 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served, under a token budget and a page budget.
+    """Chooses each step's work, under a token budget and a page budget.
 
     Args:
         cache: where pages are reserved.
@@ -40,6 +43,11 @@ class Scheduler:
         preemption: what becomes of the pages of a preempted sequence.
         shape: the model's, for plans.
         shift_keys: moves keys to other positions, for plans that do.
+        order: who goes first.
+        pace: how many prompt tokens join a step in which other sequences decode.
+
+    Attributes:
+        costs: what steps have cost, for the pace; the engine tells it.
     """
 
     def __init__(
@@ -50,8 +58,13 @@ class Scheduler:
         preemption: Preemption,
         shape: ModelShape,
         shift_keys: ShiftKeys,
+        order: Order,
+        pace: Pace,
     ) -> None:
         self.cache = cache
+        self.order = order
+        self.pace = pace
+        self.costs = Costs()
         self.shape = shape
         self.shift_keys = shift_keys
         self._learned: dict[Draft, Any] = {}
@@ -68,9 +81,9 @@ class Scheduler:
         return not (self.waiting or self.running or self.swapped)
 
     def add(self, sequence: Sequence) -> None:
-        """Take a new sequence, or one whose pages were forgotten, into the queue."""
-        sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=_order)
+        """Take a new sequence into the queue."""
+        self.order.arrived(sequence, [*self.waiting, *self.running, *self.swapped])
+        self._enqueue(sequence)
 
     def add_forks(self, sequences: Iterable[Sequence]) -> None:
         """Take siblings that already hold (shared) pages among the running sequences."""
@@ -102,50 +115,56 @@ class Scheduler:
         """
         batch: dict[Sequence, int] = {}
         stuck: list[Sequence] = []
+        for queue in (self.running, self.waiting, self.swapped):
+            queue.sort(key=self.order.key)
         budget = self.max_batch_tokens
         n_running = len(self.running)
         decodes = [s for s in self.running if s.n_ready == 1]
         prefills = [s for s in self.running if s.n_ready > 1]
-        for sequence in decodes + prefills:
+        for sequence in decodes:
+            if sequence.status is Status.RUNNING:
+                budget -= self._reserve(sequence, budget, batch, stuck)
+        if budget > 0:
+            budget = self.pace.prompt_tokens(self.costs, len(batch), budget)
+        for sequence in prefills:
             if sequence.status is Status.RUNNING:
                 budget -= self._reserve(sequence, budget, batch, stuck)
         if len(self.running) == n_running and not stuck:  # nobody was preempted: there is room
-            budget -= self._resume(budget, batch, stuck)
-            if not self.swapped:
-                self._admit(budget, batch, stuck)
+            self._let_in(budget, batch, stuck)
         work = [Work(sequence, n) for sequence, n in batch.items()]
         work.sort(key=lambda item: (item.n_tokens > 1, not item.sequence.direct))
         return work, stuck
 
-    def _resume(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> int:
-        """Bring swapped sequences back, oldest first, while there is room; the tokens used."""
-        used = 0
-        while self.swapped and used < budget and len(self.running) < self.max_running:
-            sequence = self.swapped[0]
-            if not self._has_room(sequence):
-                break
-            assert sequence.cache is not None
-            try:
-                sequence.cache.swap_in()
-            except OutOfPages:
-                break
-            self.swapped.pop(0)
-            self._start(sequence)
-            used += self._reserve(sequence, budget - used, batch, stuck)
-        return used
-
-    def _admit(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
-        """Start waiting sequences, oldest first, whose whole prompt will find pages."""
-        while self.waiting and budget > 0:
-            sequence = self.waiting[0]
-            n_branches = sequence.request.params.n if sequence.n_output == 0 else 1
-            full = self.running and len(self.running) + n_branches > self.max_running
-            if full or not self._has_room(sequence):
-                return
-            self.waiting.pop(0)
-            self._open(sequence)
+    def _let_in(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
+        """Resume swapped sequences and start waiting ones, in order, while there is room for the
+        first of them with its whole prompt."""
+        while budget > 0 and (self.swapped or self.waiting):
+            sequence = min([*self.swapped[:1], *self.waiting[:1]], key=self.order.key)
+            while not self._may_start(sequence):
+                last = max(self.running, key=self.order.key)
+                if not self.order.outranks(sequence, last):
+                    return
+                self._preempt(last)
+                budget += batch.pop(last, 0)
+            if sequence.status is Status.SWAPPED:
+                assert sequence.cache is not None
+                try:
+                    sequence.cache.swap_in()
+                except OutOfPages:
+                    return
+                self.swapped.remove(sequence)
+            else:
+                self.waiting.remove(sequence)
+                self._open(sequence)
             self._start(sequence)
             budget -= self._reserve(sequence, budget, batch, stuck)
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether a sequence, with the branches that it will have, can run beside the others."""
+        fresh = sequence.status is Status.WAITING and sequence.n_output == 0
+        n_branches = sequence.request.params.n if fresh else 1
+        full = self.running and len(self.running) + n_branches > self.max_running
+        return not full and self._has_room(sequence)
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether its pages, all that running prompts still need, and one more page for every
@@ -189,8 +208,8 @@ class Scheduler:
     def _reserve(
         self, sequence: Sequence, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]
     ) -> int:
-        """Put up to `budget` pending tokens of a running sequence into the batch, preempting newer
-        sequences for their pages; the number of tokens. A sequence that is itself the newest
+        """Put up to `budget` pending tokens of a running sequence into the batch, preempting later
+        sequences for their pages; the number of tokens. A sequence that is itself the last
         keeps its pages and waits a step."""
         assert sequence.cache is not None
         if not self._settled(sequence, batch):
@@ -203,7 +222,7 @@ class Scheduler:
             except OutOfPages:
                 if sequence.draft is not None:
                     sequence.draft, n = None, 1  # a guess is worth nobody's pages
-                elif self._preempt_newer(sequence, batch):
+                elif self._preempt_last(sequence, batch):
                     continue
                 elif len(self.running) > 1:
                     return 0
@@ -218,24 +237,24 @@ class Scheduler:
         return 0
 
     def _settled(self, sequence: Sequence, batch: dict[Sequence, int]) -> bool:
-        """Whether a sequence can go on: its plan has done all that the last step asked for, newer
+        """Whether a sequence can go on: its plan has done all that the last step asked for, later
         sequences being preempted for the pages it took, so that its tokens do not depend on who
         else is there. Alone, and still without pages, it goes on as it is."""
         while sequence.life is not None and sequence.life.owed is not None:
             try:
                 sequence.life.act()
             except OutOfPages:
-                if not self._preempt_newer(sequence, batch):
+                if not self._preempt_last(sequence, batch):
                     return len(self.running) == 1
         return True
 
-    def _preempt_newer(self, sequence: Sequence, batch: dict[Sequence, int]) -> bool:
-        """Take the pages of the newest running sequence; False if that is `sequence` itself."""
-        newest = max(self.running, key=_order)
-        if newest is sequence:
+    def _preempt_last(self, sequence: Sequence, batch: dict[Sequence, int]) -> bool:
+        """Take the pages of the last running sequence; False if that is `sequence` itself."""
+        last = max(self.running, key=self.order.key)
+        if last is sequence:
             return False
-        self._preempt(newest)
-        batch.pop(newest, None)
+        self._preempt(last)
+        batch.pop(last, None)
         return True
 
     def _with_draft(self, sequence: Sequence, n: int, budget: int) -> int:
@@ -267,7 +286,7 @@ class Scheduler:
                 pass
             else:
                 sequence.status = Status.SWAPPED
-                insort(self.swapped, sequence, key=_order)
+                insort(self.swapped, sequence, key=self.order.key)
                 return
         self._forget(sequence)
 
@@ -276,12 +295,12 @@ class Scheduler:
         sequence.cache.free()
         sequence.cache = sequence.life = sequence.program = sequence.draft = None
         sequence.n_computed = 0
-        self.add(sequence)
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=self.order.key)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=_order)
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+        insort(self.running, sequence, key=self.order.key)

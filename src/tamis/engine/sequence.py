@@ -66,11 +66,6 @@ class Sequence:
     error: str | None = None
 
     @property
-    def order(self) -> tuple[int, int]:
-        """First come, first served: the smaller one goes first, the largest is preempted."""
-        return (self.request.arrival, self.index)
-
-    @property
     def n_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
 
@@ -140,6 +135,8 @@ class Request:
     Attributes:
         arrival: a number that grows from request to request.
         max_total: prompt and output tokens at which a sequence ends by "length".
+        priority: the smaller goes first, where the order asks for it.
+        user: whose share of the service it takes, where the order asks for it.
     """
 
     id: str
@@ -148,6 +145,8 @@ class Request:
     params: SamplingParams
     plan: Plan
     max_total: int
+    priority: int = 0
+    user: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     arrived_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None
