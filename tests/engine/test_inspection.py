@@ -14,6 +14,9 @@ from tamis.errors import RequestError
 from tamis.methods.tokens.gemfilter import GemFilter
 from tamis.methods.tokens.lazyllm import LazyLLM
 
+HIDDEN = 64
+"""Width of the tiny Llama's hidden states."""
+
 N, NEW = 200, 6
 PROMPT = [(7 * i * i + 3 * i) % 256 for i in range(N)]
 CACHED = N + NEW - 1
@@ -65,12 +68,21 @@ def test_dense_keeps_computes_and_reads_everything(llm: LLM) -> None:
         "snapkv(budget=0.5) + kivi(group_size=16, residual=32) + quest(pages=3)",
         "minicache(start=0.0)",
         "h2o(budget=0.2)",
+        "lazyllm(keep=0.5)",
+        "pyramidinfer(decay=0.5, minimum=8)",
     ],
 )
 def test_bytes_add_up_to_what_the_request_was_charged(llm: LLM, plan: str) -> None:
     found = llm.inspect(PROMPT, plan, PARAMS)
     assert sum(sum(layer.values()) for layer in found.bytes) == found.metrics.kv_bytes
     assert found.plan == str(llm.plan.parse(plan))
+
+
+def test_what_waits_is_found_where_it_waits(llm: LLM) -> None:
+    found = llm.inspect(PROMPT, Plan((LazyLLM(keep=0.5, prunings=1, first=0.34),)), PARAMS)
+    wait = CACHED - len(found.positions[1][0])
+    assert [layer.get("waiting", 0) for layer in found.bytes] == [0, wait * HIDDEN * 4, 0]
+    assert wait > 0  # the others were taken along by a generated token
 
 
 def test_an_eviction_keeps_its_budget_and_what_was_generated(llm: LLM) -> None:

@@ -347,6 +347,8 @@ class Engine:
         if life is not None and life.failure is not None:
             raise life.failure
         cache.advance(n, sequence.layers)
+        if program is not None:
+            program.advance(n, left)
         self._measure(sequence.request)
         if sequence.draft is not None:
             return  # how many of them stay is known when they have been sampled
@@ -355,9 +357,12 @@ class Engine:
             return
         assert life is not None
         life.count_attention(n)
-        program.advance(n, left)
+        program.turn()
         if program.finished:
             sequence.program, life.watch, life.sees = None, None, None
+            tokens = sequence.request.plan.tokens
+            if tokens is not None and not tokens.steps:
+                life.aside.forget_waiting()
             n_done = sequence.n_prompt if sequence.in_prompt else 1
             life.position_shift = sequence.n_computed + n_done - cache.next_position
             self._settle(sequence, n_done)
@@ -634,10 +639,14 @@ class Engine:
         )
 
     def _measure(self, request: Request) -> None:
-        """Keep the request's page bytes and their peak; pages shared by its branches count once."""
+        """Keep the bytes of the request's pages and waiting hidden states, and their peak; what its
+        branches share counts once."""
         caches = [s.cache for s in request.sequences if s.cache is not None]
         if caches:
+            lives = [s.life for s in request.sequences if s.life is not None]
+            waiting = {id(hidden): hidden for life in lives for hidden in life.aside.waiting}
             request.kv_bytes = self.cache.distinct_bytes(caches)
+            request.kv_bytes += sum(hidden.nbytes for hidden in waiting.values())
             request.kv_bytes_peak = max(request.kv_bytes_peak, request.kv_bytes)
 
 

@@ -11,7 +11,7 @@ from tamis.cache import PagedKV
 from tamis.cache.pool import IntArray
 from tamis.engine import rest, stores
 from tamis.engine.lifecycle import Lifecycle
-from tamis.engine.trace import LIVE, ReadStep, Trace
+from tamis.engine.trace import LIVE, WAITING, ReadStep, Trace
 from tamis.methods.base import resolve
 
 
@@ -194,7 +194,7 @@ def _budgets(life: Lifecycle) -> list[list[int]] | None:
 
 
 def _bytes(life: Lifecycle, layer: int) -> dict[str, int]:
-    """Bytes of a layer's pages by what they are."""
+    """Bytes of a layer's pages, and of the hidden states that wait there, by what they are."""
     rows = life.cache.layout.rows(layer)
     found = {LIVE: int(life.cache.page_counts[rows].sum()) * life.cache.pool(rows).page_bytes}
     for name, store in life.cache.stores.items():
@@ -206,6 +206,7 @@ def _bytes(life: Lifecycle, layer: int) -> dict[str, int]:
         ids, holders = np.unique(store.held()[0], return_counts=True)
         mine = np.searchsorted(ids, store.held(counts)[0])
         found[name] = round(store.pool(rows).page_bytes * float((1 / holders[mine]).sum()))
+    found[WAITING] = life.aside.waiting_bytes(layer)
     return {name: n for name, n in found.items() if n or name == LIVE}
 
 

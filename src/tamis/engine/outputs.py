@@ -66,8 +66,10 @@ class RequestMetrics:
         ttft_s: from arrival until its first token was sampled (None if it never was).
         tpot_s: mean time between its tokens after the first (None with fewer than two).
         total_s: from arrival until it ended.
-        kv_bytes: its pages when it ended, each shared page counted once.
-        kv_bytes_peak: the most its pages ever took.
+        kv_bytes: its pages when it ended and, under plans whose tokens stop on their way through
+            the layers, the hidden states with which they wait to go on; what its completions share
+            is counted once.
+        kv_bytes_peak: the most these ever took.
         kv_bytes_dense: what exact attention would have needed for the same tokens.
         preemptions: how often it had to give its pages up.
         cached_tokens: tokens of the prompt whose pages were there already.

@@ -32,9 +32,17 @@ class Aside:
         self.held: list[Tensor] = [nothing] * n_layers
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the hidden states."""
-        return sum(hidden.nbytes for _, hidden in self.hidden.values())
+    def waiting(self) -> list[Tensor]:
+        """The hidden states of all layers."""
+        return [hidden for _, hidden in self.hidden.values()]
+
+    def waiting_bytes(self, layer: int) -> int:
+        """Bytes of the hidden states that wait at a layer's input."""
+        return self.hidden[layer][1].nbytes if layer in self.hidden else 0
+
+    def forget_waiting(self) -> None:
+        """Drop all hidden states: no token goes on."""
+        self.hidden.clear()
 
     def put(self, layer: int, tokens: Tensor, hidden: Tensor) -> None:
         """Have tokens wait at a layer's input."""
@@ -107,7 +115,7 @@ class Program:
 
     def advance(self, n: int, left: Tensor | None) -> None:
         """Count `n` tokens that ran; `left` [n, hidden] is what they were behind the last layer
-        of the pass, None if that was the model's last."""
+        of the pass, None if that was the model's last. `turn` comes next."""
         life, layers = self._life, self.current.layers
         tokens = self.tokens(n)
         for layer in layers:
@@ -115,11 +123,12 @@ class Program:
         if left is not None:
             life.aside.put(layers[-1] + 1, tokens, left)
         self._done += n
-        if self.remaining == 0:
-            self._end_pass()
 
-    def _end_pass(self) -> None:
-        """Hand the pass's result to the program and take up the next one."""
+    def turn(self) -> None:
+        """If all tokens of the pass have run, hand its result to the program and take up the next
+        pass, or end."""
+        if self.remaining:
+            return
         life, ended = self._life, self.current
         result = self._result()
         if not ended.keep:

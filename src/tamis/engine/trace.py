@@ -9,6 +9,9 @@ from tamis.cache.pool import IntArray
 LIVE = "live"
 """What `Trace.bytes` calls pages of exact keys and values; others go by their store's name."""
 
+WAITING = "waiting"
+"""What it calls the hidden states of tokens that wait at the layer's input."""
+
 
 @dataclass(frozen=True)
 class ReadStep:
@@ -42,8 +45,8 @@ class Trace:
         positions: per layer and KV head the numbers of the tokens that the cache holds, ascending,
             int32: prompt tokens from 0, generated ones after them.
         budgets: tokens that each KV head may keep, per layer; None in plans that set no budget.
-        bytes: per layer the bytes of its pages by what they are; of pages that layers share, each
-            has its part.
+        bytes: per layer the bytes of its pages, and of hidden states that wait there, by what they
+            are; of pages that layers share, each has its part.
         dense_bytes: per layer the bytes of exact attention for the same tokens.
     """
 

@@ -50,7 +50,8 @@ class Inspection:
             cached at the end, ascending, int32. The last generated token's are never computed.
         budgets: tokens that each KV head may keep, per layer; None in plans that set no budget.
         bytes: per layer the bytes of its pages at the end, by what they are: "live" for exact
-            keys and values on the device, else the store's name ("codec", "share", "host", "rest").
+            keys and values on the device, else the store's name ("codec", "share", "host", "rest");
+            "waiting" for hidden states of tokens that wait at the layer's input.
         dense_bytes: per layer the bytes of exact attention for the same tokens.
         reads: what each step after the prompt read of each layer.
         density: per layer the pairs of queries and keys that the prompt computed, as a share of

@@ -21,7 +21,8 @@ from tests.methods.engine.plans import CASES, PAGE
 Make = Callable[..., LLM]
 
 LAYERS, HEADS, DIM = 3, 2, 16
-"""Of the tiny Llama."""
+HIDDEN = 64 * 4
+"""Of the tiny Llama; the last is the bytes of a hidden state in fp32."""
 
 ONE = SamplingParams(max_tokens=2, ignore_eos=True)
 BUDGETS = [name for name in CASES if methods()[name].stage == "budget"]
@@ -247,7 +248,8 @@ def test_generation_stays_within_the_budget_and_an_interval(name: str, make: Mak
 def test_a_request_is_told_what_the_pool_held_for_it(
     name: str, n: int, make: Make, prompts: list[list[int]]
 ) -> None:
-    """Pages that branches share count once, those in stores too."""
+    """Pages that branches share count once, those in stores too; beside them, what waits on its way
+    through the layers: each token of a branch at one layer at the most."""
     llm = make(max_batch_tokens=96)
     params = SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, seed=2, n=n)
     held = []
@@ -259,7 +261,9 @@ def test_a_request_is_told_what_the_pool_held_for_it(
             held.append(llm.engine.cache.bytes_in_use)
     [output] = outputs
     assert output.completions[0].error is None
-    assert max(held) <= output.metrics.kv_bytes_peak <= llm.engine.cache.bytes_peak
+    most_waiting = n * (len(prompts[0]) + 24) * HIDDEN if methods()[name].stage == "tokens" else 0
+    peak = output.metrics.kv_bytes_peak
+    assert max(held) <= peak <= llm.engine.cache.bytes_peak + most_waiting
     assert llm.engine.cache.bytes_in_use == 0
 
 
