@@ -17,7 +17,7 @@ from tamis.engine import inspection
 from tamis.engine.flat import FlatBatch, as_logprob
 from tamis.engine.layered import Member, StepBatch
 from tamis.engine.lifecycle import Lifecycle, columns
-from tamis.engine.memory import prompt_tokens_held
+from tamis.engine.memory import added_at_once, prompt_tokens_held
 from tamis.engine.order import FirstCome, Order
 from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
 from tamis.engine.pace import Full, Pace
@@ -612,8 +612,8 @@ class Engine:
             size = self.layout.page_size
             n_cached = prompt_tokens_held(plan, n_prompt, size, size)
         side = columns(plan, self.shape)
-        if not self.cache.fits(n_cached, chunk=1, columns=side):
-            chunk = self.scheduler.max_batch_tokens
+        if not self.cache.fits(n_cached, chunk=added_at_once(plan, 1), columns=side):
+            chunk = added_at_once(plan, self.scheduler.max_batch_tokens)
             enough = self.cache.required_bytes(n_cached, chunk=chunk, columns=side)
             raise KVMemoryError(
                 f"a request of {n_prompt} prompt and {max_new} new tokens needs about "

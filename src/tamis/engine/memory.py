@@ -17,6 +17,12 @@ def prompt_tokens_held(plan: Plan, n_prompt: int, chunk: int, page_size: int) ->
     return held
 
 
+def added_at_once(plan: Plan, chunk: int) -> int | None:
+    """The most tokens that a layer with a window takes in before it drops what lies behind its
+    window; None for all of them: under a program of passes, that waits for the program's end."""
+    return chunk if plan.tokens is None else None
+
+
 def prompt_bytes(
     cache: PagedCache, shape: ModelShape, plan: Plan, n_prompt: int, chunk: int
 ) -> int:
@@ -27,4 +33,7 @@ def prompt_bytes(
         share = resident / layout.n_rows
         tail = layout.bytes_for(min(n_prompt, chunk + layout.page_size))
         return round(share * layout.bytes_for(n_prompt) + (1 - share) * tail)
-    return layout.bytes_for(prompt_tokens_held(plan, n_prompt, chunk, layout.page_size))
+    held = prompt_tokens_held(plan, n_prompt, chunk, layout.page_size)
+    if added_at_once(plan, chunk) is None:
+        return layout.bytes_of(layout.peak_pages(held))
+    return layout.bytes_for(held)
