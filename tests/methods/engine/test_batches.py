@@ -38,10 +38,15 @@ def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
     return [[c.token_ids for c in output.completions] for output in outputs]
 
 
-def sampled(every: int) -> list[object]:
-    """The names of all plans, all but a sample of them slow."""
+def sampled(every: int, *firsts: object) -> list[object]:
+    """The names of all plans, all but a sample of them slow; with `firsts`, each of these with each
+    name, and with samples of their own."""
     return [
-        pytest.param(name, marks=[] if i % every == 0 else pytest.mark.slow)
+        pytest.param(
+            *([first, name] if firsts else [name]),
+            marks=[] if (i + 2 * shift) % every == 0 else pytest.mark.slow,
+        )
+        for shift, first in enumerate(firsts or [None])
         for i, name in enumerate(PLANS)
     ]
 
@@ -67,12 +72,17 @@ def alone(llms: Make, prompts: list[list[int]]) -> Callable[..., list[list[int]]
     return run
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chunk", [WHOLE, 64], ids=["whole", "chunked"])
 def test_a_batch_of_mixed_plans_yields_what_each_yields_alone(
-    make: Make, prompts: list[list[int]], alone: Callable[..., list[list[int]]], chunk: int
+    make: Make,
+    prompts: list[list[int]],
+    alone: Callable[..., list[list[int]]],
+    chunk: int,
+    times: int,
 ) -> None:
     names = [name for name in PLANS if chunk == WHOLE or not by_chunk(name)]
-    asked = [(PLANS[name], i % len(prompts)) for i, name in enumerate([*names, "dense", *names])]
+    asked = [(PLANS[name], i % len(prompts)) for i, name in enumerate(names * times)]
     llm = make(max_batch_tokens=chunk)
     outputs = llm.generate([prompts[i] for _, i in asked], GREEDY, [plan for plan, _ in asked])
     for (plan, i), output in zip(asked, tokens(outputs), strict=True):
@@ -80,7 +90,7 @@ def test_a_batch_of_mixed_plans_yields_what_each_yields_alone(
     assert nothing_held(llm)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", sampled(4))
 def test_greedy_branches_yield_what_one_sequence_yields(
     name: str, llms: Make, prompts: list[list[int]], alone: Callable[..., list[list[int]]]
 ) -> None:
@@ -91,7 +101,7 @@ def test_greedy_branches_yield_what_one_sequence_yields(
     assert nothing_held(llm)
 
 
-@pytest.mark.parametrize("name", sampled(3))
+@pytest.mark.parametrize("name", sampled(6))
 def test_sampled_branches_differ_and_the_first_is_what_one_sequence_yields(
     name: str, llms: Make, prompts: list[list[int]]
 ) -> None:
@@ -108,11 +118,10 @@ def test_sampled_branches_differ_and_the_first_is_what_one_sequence_yields(
     assert nothing_held(llm)
 
 
-@pytest.mark.parametrize("name", sampled(7))
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize(("preemption", "name"), sampled(16, "recompute", "swap"))
 def test_preemption_changes_no_token(
-    name: str,
     preemption: str,
+    name: str,
     make: Make,
     prompts: list[list[int]],
     alone: Callable[..., list[list[int]]],
@@ -131,30 +140,31 @@ def test_preemption_changes_no_token(
     assert nothing_held(llm)
 
 
+@pytest.mark.parametrize("part", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preemption_happens_and_changes_no_token_of_mixed_plans(
     preemption: str,
+    part: int,
     make: Make,
     prompts: list[list[int]],
     alone: Callable[..., list[list[int]]],
 ) -> None:
     """Long outputs of short prompts grow beyond the memory that they were admitted into."""
     params = SamplingParams(max_tokens=90, ignore_eos=True)
-    names = [name for name in PLANS if not by_chunk(name)]
-    room = make().engine.cache.required_bytes(1100)
+    names = [name for name in PLANS if not by_chunk(name)][::part]
+    room = make().engine.cache.required_bytes(1100 // part)
     llm = make(max_batch_tokens=WHOLE, kv_memory=room, preemption=preemption, host_memory="32MiB")
     plans = [PLANS[name] for name in names]
     outputs = llm.generate([prompts[3]] * len(plans), params, plans)
-    assert llm.engine.stats.preemptions > 5
+    assert llm.engine.stats.preemptions > 5 // part
     for plan, output in zip(plans, tokens(outputs), strict=True):
         assert output == alone(plan, 3, params), plan
     assert nothing_held(llm)
 
 
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize(("steps", "name"), sampled(3, 1, 3, 20))
 def test_cancelling_frees_everything_at_once(
-    name: str, steps: int, llms: Make, prompts: list[list[int]]
+    steps: int, name: str, llms: Make, prompts: list[list[int]]
 ) -> None:
     """In the middle of the prompt, at its end, while branches generate."""
     llm = llms("llama", max_batch_tokens=96)
@@ -169,9 +179,19 @@ def test_cancelling_frees_everything_at_once(
     assert nothing_held(llm)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "preemption", "seed"),
+    [
+        ("llama", "recompute", 0),
+        ("gemma3", "swap", 0),
+        *(
+            pytest.param(name, preemption, seed, marks=pytest.mark.slow)
+            for name in ("llama", "gemma3")
+            for preemption in ("recompute", "swap")
+            for seed in (1, 2)
+        ),
+    ],
+)
 def test_random_traffic_of_random_plans(
     name: str, preemption: str, seed: int, make: Make, llms: Make
 ) -> None:
