@@ -5,17 +5,21 @@
 #include "decode.h"
 #include "linear.h"
 #include "observe.h"
+#include "observe_pages.h"
+#include "observe_tokens.h"
 #include "prefill.h"
 
 namespace tamis {
 
-// By element type: index with static_cast<int>(DType).
+// Arrays are by element type: index with static_cast<int>(DType).
 struct Kernels {
   AttendRange* attend_range[3];
   PrefillTile* prefill_tile[3];
   ObserveSpan* observe_span[3];
   ObserveRange* observe_range[3];
   LinearRange* linear_range[3];
+  BoundPages* bound_pages[3];
+  SoftmaxRow* softmax_row;
 };
 
 Kernels kernels_portable();

@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "linear_kernel.h"
 #include "observe_kernel.h"
+#include "observe_pages_kernel.h"
+#include "observe_tokens_kernel.h"
 #include "prefill_kernel.h"
 
 namespace tamis {
@@ -15,7 +17,9 @@ Kernels kernels_of() {
           {prefill_tile<Isa, float>, prefill_tile<Isa, Fp16>, prefill_tile<Isa, Bf16>},
           {observe_span<Isa, float>, observe_span<Isa, Fp16>, observe_span<Isa, Bf16>},
           {observe_range<Isa, float>, observe_range<Isa, Fp16>, observe_range<Isa, Bf16>},
-          {linear_range<Isa, float>, linear_range<Isa, Fp16>, linear_range<Isa, Bf16>}};
+          {linear_range<Isa, float>, linear_range<Isa, Fp16>, linear_range<Isa, Bf16>},
+          {bound_pages<Isa, float>, bound_pages<Isa, Fp16>, bound_pages<Isa, Bf16>},
+          softmax_row<Isa>};
 }
 
 }  // namespace tamis

@@ -11,7 +11,10 @@
 #include "cpu.h"
 #include "decode.h"
 #include "linear.h"
+#include "narrow.h"
 #include "observe.h"
+#include "observe_pages.h"
+#include "observe_tokens.h"
 #include "prefill.h"
 
 namespace nb = nanobind;
@@ -191,6 +194,83 @@ void observe_call(const std::string& isa, int threads, bool chunk, int dtype, in
   (chunk ? observe_chunk : observe_decode)(args, chosen, threads);
 }
 
+// Pages with bounds, as (data, page_size, low_offset, high_offset, tables, row and head stride,
+// lengths, row and head stride); no pages for an empty tuple.
+BoundedPages bounded_pages(const nb::tuple& pages) {
+  if (pages.size() == 0) return {};
+  const auto number = [&](int i) { return nb::cast<int64_t>(pages[i]); };
+  const auto address = [&](int i) { return nb::cast<uintptr_t>(pages[i]); };
+  return {at<const uint8_t>(address(0)),
+          number(1),
+          number(2),
+          number(3),
+          at<const int32_t>(address(4)),
+          number(5),
+          number(6),
+          at<const int32_t>(address(7)),
+          number(8),
+          number(9)};
+}
+
+void top_pages_call(const std::string& isa, int threads, int dtype, int64_t n, int64_t q_heads,
+                    int64_t kv_heads, int64_t k_dim, uintptr_t q, int64_t q_row_stride,
+                    int64_t q_head_stride, const nb::tuple& before, const nb::tuple& pages,
+                    int64_t count, uintptr_t out) {
+  const TopPagesArgs args{static_cast<DType>(dtype),
+                          n,
+                          q_heads,
+                          kv_heads,
+                          k_dim,
+                          {at<const uint8_t>(q), q_row_stride, q_head_stride},
+                          bounded_pages(before),
+                          bounded_pages(pages),
+                          count,
+                          at<int64_t>(out)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  top_pages(args, chosen, threads);
+}
+
+void softmax_tokens_call(const std::string& isa, int threads, int64_t n, int64_t q_heads,
+                         int64_t kv_heads, int64_t width, uintptr_t scores, uintptr_t lengths,
+                         int64_t lengths_row_stride, int64_t lengths_head_stride, int64_t first,
+                         int64_t last, uintptr_t divisors) {
+  const SoftmaxArgs args{n,
+                         q_heads,
+                         kv_heads,
+                         width,
+                         at<float>(scores),
+                         at<const int32_t>(lengths),
+                         lengths_row_stride,
+                         lengths_head_stride,
+                         first,
+                         last,
+                         at<const float>(divisors)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  softmax_tokens(args, chosen, threads);
+}
+
+void top_tokens_call(int threads, int64_t rows, int64_t width, int64_t row_stride,
+                     uintptr_t values, uintptr_t lengths, int64_t first, int64_t last,
+                     int64_t count, uintptr_t out) {
+  const TopTokensArgs args{rows, width, row_stride, at<const float>(values),
+                           at<const int64_t>(lengths), first, last, count, at<int64_t>(out)};
+  nb::gil_scoped_release release;
+  top_tokens(args, threads);
+}
+
+void narrow_call(int64_t n, int64_t kv_heads, int64_t page_size, uintptr_t tables,
+                 int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
+                 int64_t lengths_row_stride, int64_t lengths_head_stride, uintptr_t chosen,
+                 int64_t chosen_row_stride, int64_t chosen_head_stride, int64_t count,
+                 uintptr_t before, uintptr_t out_tables, uintptr_t out_lengths) {
+  narrow({n, kv_heads, page_size, at<const int32_t>(tables), tables_row_stride,
+          tables_head_stride, at<const int32_t>(lengths), lengths_row_stride, lengths_head_stride,
+          at<const int64_t>(chosen), chosen_row_stride, chosen_head_stride, count,
+          at<const int64_t>(before), at<int32_t>(out_tables), at<int32_t>(out_lengths)});
+}
+
 void linear_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t in,
                  int64_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t bias,
                  uintptr_t y) {
@@ -249,6 +329,21 @@ NB_MODULE(_native, m) {
         "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a, "lengths_head_stride"_a,
         "positions"_a, "window"_a, "scale"_a, "softcap"_a, "lse"_a, "out"_a, "width"_a,
         "Scores or weights of cached tokens; see observe.h.");
+  m.def("top_pages", tamis::top_pages_call, "isa"_a, "threads"_a, "dtype"_a, "n"_a, "q_heads"_a,
+        "kv_heads"_a, "k_dim"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "before"_a, "pages"_a,
+        "count"_a, "out"_a, "Pages of largest bounds; see observe_pages.h.");
+  m.def("softmax_tokens", tamis::softmax_tokens_call, "isa"_a, "threads"_a, "n"_a, "q_heads"_a,
+        "kv_heads"_a, "width"_a, "scores"_a, "lengths"_a, "lengths_row_stride"_a,
+        "lengths_head_stride"_a, "first"_a, "last"_a, "divisors"_a,
+        "Softmax over cached tokens; see observe_tokens.h.");
+  m.def("top_tokens", tamis::top_tokens_call, "threads"_a, "rows"_a, "width"_a, "row_stride"_a,
+        "values"_a, "lengths"_a, "first"_a, "last"_a, "count"_a, "out"_a,
+        "Tokens of largest value; see observe_tokens.h.");
+  m.def("narrow", tamis::narrow_call, "n"_a, "kv_heads"_a, "page_size"_a, "tables"_a,
+        "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
+        "lengths_head_stride"_a, "chosen"_a, "chosen_row_stride"_a, "chosen_head_stride"_a,
+        "count"_a, "before"_a, "out_tables"_a, "out_lengths"_a,
+        "Page tables cut down to some pages; see narrow.h.");
   m.def("linear", tamis::linear_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a, "in"_a, "out"_a,
         "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "y"_a, "A linear layer; see linear.h.");
   m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,

@@ -152,8 +152,9 @@ def test_decode_weights_equal_the_definition(
 @given(case=cases(rows=2, longest=150))
 def test_decode_scores_equal_the_definition(implementation: Implementation, case: dict) -> None:
     q, cached, options, _ = build(case)
-    want = scores_of(q, cached, [0, 1], scale=options["scale"])
-    found = implementation("decode_scores")(q, cached.kv, want.shape[2], scale=options["scale"])
+    how = {name: options[name] for name in ("scale", "softcap")}
+    want = scores_of(q, cached, [0, 1], **how)
+    found = implementation("decode_scores")(q, cached.kv, want.shape[2], **how)
     assert_equal(found, want)
 
 

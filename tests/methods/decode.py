@@ -40,39 +40,55 @@ class NaiveDecodeView:
                 result[head, page] = self.method.summarize(keys)[name]
         return result
 
-    def bounds(self, low: str, high: str) -> Tensor:
+    def top_pages(self, low: str, high: str, count: int) -> Tensor:
         least, most = self.summary(low), self.summary(high)
         group = len(self.q) // len(self.k)
-        result = torch.full((len(self.q), least.shape[1]), -torch.inf)
-        for head in range(len(self.q)):
-            for page in range(int(self.lengths[head // group]) // self.page_size):
-                ends = torch.stack([least[head // group, page], most[head // group, page]])
-                result[head, page] = (ends * self.q[head].float()).amax(0).sum()
+        rows = []
+        for head, length in enumerate(self.lengths.tolist()):
+            last = (length - 1) // self.page_size
+            bound = {last: math.inf}
+            for page in range(last):
+                ends = torch.stack([least[head, page], most[head, page]])
+                queries = self.q[head * group : (head + 1) * group].float()
+                bound[page] = max(float((ends * q).amax(0).sum()) for q in queries)
+            chosen = sorted(bound, key=lambda page: (-bound[page], page))[:count]
+            rows.append(sorted(chosen) + [last + 1 + i for i in range(count - len(chosen))])
+        return torch.tensor(rows)
+
+    def weights(
+        self,
+        *,
+        channels: Tensor | None = None,
+        divisors: Tensor | None = None,
+        first: int = 0,
+        last: int = 0,
+    ) -> Tensor:
+        group = len(self.q) // len(self.k)
+        result = torch.zeros(len(self.q), self.k.shape[1])
+        for head, q in enumerate(self.q):
+            used = slice(None) if channels is None else channels[head // group]
+            tokens = slice(first, max(first, int(self.lengths[head // group]) - last))
+            scores = self.k[head // group, tokens][:, used].float() @ q[used].float() * self.scale
+            result[head, tokens] = (
+                scores if divisors is None else scores / divisors[head]
+            ).softmax(0)
         return result
 
-    def weights(self) -> Tensor:
-        return self._products(torch.ones_like(self.q, dtype=torch.bool)).softmax(-1)
-
-    def partial_scores(self, channels: Tensor) -> Tensor:
-        group = len(self.q) // len(self.k)
-        used = torch.zeros_like(self.q, dtype=torch.bool)
-        for head in range(len(self.q)):
-            used[head, channels[head // group]] = True
-        return self._products(used)
+    def top_tokens(self, values: Tensor, count: int, *, first: int = 0, last: int = 0) -> Tensor:
+        lengths = self.lengths.tolist() if len(values) == len(self.k) else [int(self.lengths.max())]
+        rows = []
+        for row, length in zip(values, lengths, strict=True):
+            ends = [*range(first), *range(length - 1, max(first, length - last) - 1, -1)]
+            between = range(first, length - last)
+            best = sorted(between, key=lambda token: (-float(row[token]), token))
+            chosen = [token for token in [*ends, *best] if token < length][:count]
+            rows.append(sorted(chosen) + [length + i for i in range(count - len(chosen))])
+        return torch.tensor(rows)
 
     def mean_value(self) -> Tensor:
         assert self.method is None or self.method.needs().mean_value, "asks without declaring it"
         pairs = zip(self.v, self.lengths.tolist(), strict=True)
         return torch.stack([v[:length].float().mean(0) for v, length in pairs])
-
-    def _products(self, used: Tensor) -> Tensor:
-        group = len(self.q) // len(self.k)
-        result = torch.full((len(self.q), self.k.shape[1]), -torch.inf)
-        for head in range(len(self.q)):
-            length = int(self.lengths[head // group])
-            keys = self.k[head // group, :length].float()
-            result[head, :length] = keys @ (self.q[head] * used[head]).float() * self.scale
-        return result
 
 
 def decode_view(

@@ -12,6 +12,8 @@ query does not see, or a head does not have, is zero (scores: -inf).
 from tamis.attention.observe_blocks import bound_scores, page_bounds, pooled
 from tamis.attention.observe_chunk import column_sums, window_weights
 from tamis.attention.observe_decode import decode_weights, partial_scores
+from tamis.attention.observe_pages import top_pages
+from tamis.attention.observe_tokens import token_weights, top_tokens
 
 __all__ = [
     "bound_scores",
@@ -20,5 +22,8 @@ __all__ = [
     "page_bounds",
     "partial_scores",
     "pooled",
+    "token_weights",
+    "top_pages",
+    "top_tokens",
     "window_weights",
 ]

@@ -105,6 +105,17 @@ def partial_scores(
         tensor([[[9., 9., 9.]]])
     """
     check_rows(q, kv)
+    q = over_channels(q, kv, channels)
+    run = implementation("decode_scores", backend, q, kv)
+    return run(q, kv, longest(kv), scale=scale, softcap=None)
+
+
+def over_channels(q: torch.Tensor, kv: PagedKV, channels: torch.Tensor) -> torch.Tensor:
+    """Queries that are zero but for some channels of each KV head, int64 [n, kv_heads, r].
+
+    Raises:
+        ValueError: `channels` has another shape or dtype, or one does not exist.
+    """
     n, q_heads, k_dim = q.shape
     kv_heads = kv.lengths.shape[1]
     if channels.dtype != torch.int64 or channels.shape != (n, kv_heads, *channels.shape[2:3]):
@@ -116,8 +127,7 @@ def partial_scores(
         raise ValueError(
             f"channels must be 0..{k_dim - 1}, got {int(channels.min())}..{int(channels.max())}"
         )
-    named = torch.zeros(n, kv_heads, k_dim, dtype=torch.bool, device=q.device)
-    named.scatter_(2, channels, True)
-    named = named.repeat_interleave(q_heads // kv_heads, 1)
-    run = implementation("decode_scores", backend, q, kv)
-    return run(q.masked_fill(~named, 0), kv, longest(kv), scale=scale)
+    others = torch.ones(n, kv_heads, 1, k_dim, dtype=torch.bool, device=q.device)
+    others.scatter_(3, channels[:, :, None], False)
+    grouped = q.reshape(n, kv_heads, q_heads // kv_heads, k_dim)
+    return grouped.masked_fill(others, 0).view(n, q_heads, k_dim)

@@ -59,11 +59,12 @@ def decode_scores(
     width: int,
     *,
     scale: float,
+    softcap: float | None,
     isa: str | None = None,
 ) -> torch.Tensor:
     """`observe_reference.decode_scores` of all cached tokens, on the CPU; see `chunk_scores`."""
     out = q.new_full((*q.shape[:2], width), -torch.inf, dtype=torch.float32)
-    _run(extension, isa, False, q, kv, None, out, scale, None, None, None)
+    _run(extension, isa, False, q, kv, None, out, scale, None, None, softcap)
     return out
 
 
@@ -84,6 +85,118 @@ def decode_weights(
     out = q.new_zeros((*q.shape[:2], width), dtype=torch.float32)
     _run(extension, isa, False, q, kv, lse, out, scale, positions, window, softcap)
     return out
+
+
+def softmax_tokens(
+    extension: ModuleType,
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    divisors: torch.Tensor | None,
+    first: int,
+    last: int,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """`observe_reference.softmax_tokens`, in place, on the CPU; see `chunk_scores`."""
+    # Named here so that a converted copy lives until the kernel has read it.
+    divisors = divisors.float().contiguous() if divisors is not None else None
+    n, q_heads, width = scores.shape
+    extension.softmax_tokens(
+        isa=isa or "",
+        threads=torch.get_num_threads(),
+        n=n,
+        q_heads=q_heads,
+        kv_heads=lengths.shape[1],
+        width=width,
+        scores=scores.data_ptr(),
+        lengths=lengths.data_ptr(),
+        lengths_row_stride=lengths.stride(0),
+        lengths_head_stride=lengths.stride(1),
+        first=first,
+        last=last,
+        divisors=divisors.data_ptr() if divisors is not None else 0,
+    )
+    return scores
+
+
+def top_pages(
+    extension: ModuleType,
+    q: torch.Tensor,
+    kv: PagedKV,
+    count: int,
+    *,
+    low: str,
+    high: str,
+    before: PagedKV | None,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """`observe_reference.top_pages` for tensors on the CPU; see `chunk_scores`."""
+    q = q if q.stride(2) == 1 else q.contiguous()
+    n, kv_heads = kv.lengths.shape
+    out = kv.lengths.new_empty((n, kv_heads, count), dtype=torch.int64)
+    extension.top_pages(
+        isa=isa or "",
+        threads=torch.get_num_threads(),
+        dtype=NATIVE_DTYPES[q.dtype],
+        n=n,
+        q_heads=q.shape[1],
+        kv_heads=kv_heads,
+        k_dim=q.shape[2],
+        q=q.data_ptr(),
+        q_row_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        before=_bounded(before, low, high),
+        pages=_bounded(kv, low, high),
+        count=count,
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def top_tokens(
+    extension: ModuleType,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    count: int,
+    first: int,
+    last: int,
+) -> torch.Tensor:
+    """`observe_reference.top_tokens` for tensors on the CPU; see `chunk_scores`."""
+    values = values if values.stride(1) == 1 else values.contiguous()
+    lengths = lengths.contiguous()
+    out = lengths.new_empty((len(lengths), count))
+    extension.top_tokens(
+        threads=torch.get_num_threads(),
+        rows=len(lengths),
+        width=values.shape[1],
+        row_stride=values.stride(0),
+        values=values.data_ptr(),
+        lengths=lengths.data_ptr(),
+        first=first,
+        last=last,
+        count=count,
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def _bounded(pages: PagedKV | None, low: str, high: str) -> tuple[int, ...]:
+    """Pages as the extension's `top_pages` takes them (`bounded_pages` in module.cpp)."""
+    if pages is None:
+        return ()
+    format, tables, lengths = pages.format, pages.tables, pages.lengths
+    return (
+        pages.data.data_ptr(),
+        format.page_size,
+        format.offsets[low],
+        format.offsets[high],
+        tables.data_ptr(),
+        tables.stride(0),
+        tables.stride(1),
+        lengths.data_ptr(),
+        lengths.stride(0),
+        lengths.stride(1),
+    )
 
 
 def _run(

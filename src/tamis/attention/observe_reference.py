@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tamis.attention.observe_blocks import bound_scores
 from tamis.attention.reference import QUERY_TILE, cached, gather, masked_scores, tiles, weigh
 from tamis.cache.format import PagedKV
 
@@ -61,7 +62,9 @@ def column_sums(
     return out.flatten(0, 1)
 
 
-def decode_scores(q: torch.Tensor, kv: PagedKV, width: int, *, scale: float) -> torch.Tensor:
+def decode_scores(
+    q: torch.Tensor, kv: PagedKV, width: int, *, scale: float, softcap: float | None
+) -> torch.Tensor:
     """The scores of each row's query q [n, q_heads, k_dim] over all cached tokens of the row.
 
     Returns:
@@ -70,7 +73,7 @@ def decode_scores(q: torch.Tensor, kv: PagedKV, width: int, *, scale: float) -> 
     grouped = _grouped(q, kv)
     out = grouped.new_full((*grouped.shape[:3], width), -torch.inf)
     for tokens, k, visible in _key_tiles(kv, None, None):
-        out[..., tokens] = masked_scores(grouped, k, visible[:, :, None], scale, None)
+        out[..., tokens] = masked_scores(grouped, k, visible[:, :, None], scale, softcap)
     return out.flatten(1, 2)
 
 
@@ -93,6 +96,80 @@ def decode_weights(
         scores = masked_scores(grouped, k, visible[:, :, None], scale, softcap)
         out[..., tokens] = _weights(scores, lse)
     return out.flatten(1, 2)
+
+
+def softmax_tokens(
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    divisors: torch.Tensor | None,
+    first: int,
+    last: int,
+) -> torch.Tensor:
+    """The softmax of scores [n, q_heads, width] over the tokens first .. length - last - 1 of each
+    head, zero for the others; `lengths` int32 [n, kv_heads], `divisors` [n, q_heads] of scores.
+    `scores` may be written over."""
+    if divisors is not None:
+        scores = scores / divisors[..., None].float()
+    ends = lengths.repeat_interleave(scores.shape[1] // lengths.shape[1], 1)[..., None] - last
+    at = torch.arange(scores.shape[2], device=scores.device)
+    scores = scores.masked_fill((at < first) | (at >= ends), -torch.inf)
+    return scores.softmax(-1).nan_to_num_(0.0) if scores.shape[2] else scores
+
+
+def top_pages(
+    q: torch.Tensor,
+    kv: PagedKV,
+    count: int,
+    *,
+    low: str,
+    high: str,
+    before: PagedKV | None,
+) -> torch.Tensor:
+    """Pages of largest bounds for queries q [n, q_heads, k_dim]: int64 [n, kv_heads, count]."""
+    n, kv_heads = kv.lengths.shape
+    out = torch.empty(n, kv_heads, count, dtype=torch.int64, device=q.device)
+    grouped = _grouped(q, kv)
+    for row in range(n):
+        for head in range(kv_heads):
+            k_min, k_max = (
+                torch.cat([_summaries(part, row, head, name) for part in (before, kv) if part])
+                for name in (low, high)
+            )
+            last = max(0, len(k_min) - 1)
+            bounds = bound_scores(grouped[row, head], k_min[None, :last], k_max[None, :last])
+            values = bounds.amax(0, keepdim=True)
+            out[row, head] = top_tokens(
+                torch.nn.functional.pad(values, (0, 1)), torch.tensor([last + 1]), count, 0, 1
+            )[0]
+    return out
+
+
+def top_tokens(
+    values: torch.Tensor, lengths: torch.Tensor, count: int, first: int, last: int
+) -> torch.Tensor:
+    """Tokens of largest values [heads, tokens] and the first and last ones, int64 [heads, count];
+    see `tamis.attention.observe.top_tokens`."""
+    missing = max(0, count - values.shape[1])
+    values = torch.nn.functional.pad(values, (0, missing))
+    at = torch.arange(values.shape[1], device=values.device)
+    length = lengths[:, None]
+    # In the order of choice: first ones, last ones, the others by value, what is not there.
+    kind = torch.where(at < length, 2, 3)
+    kind = kind.masked_fill((at >= length - last) & (at < length), 1)
+    kind = kind.masked_fill(at < length.clamp_max(first), 0)
+    values = values.masked_fill(kind == 0, 0.0)
+    values = torch.where(kind == 1, at.float(), values)  # the newest of the last ones first
+    order = values.masked_fill(kind == 3, 0.0).sort(dim=1, descending=True, stable=True).indices
+    order = order.gather(1, kind.gather(1, order).sort(dim=1, stable=True).indices)
+    return order[:, :count].sort().values
+
+
+def _summaries(pages: PagedKV, row: int, head: int, name: str) -> torch.Tensor:
+    """A field of one row per page, of the pages of one head: [pages, width], fp32."""
+    used = -(-int(pages.lengths[row, head]) // pages.format.page_size)
+    table = pages.tables[row, head, :used].long()
+    return pages.format.view(pages.data, name)[table, 0].float()
 
 
 def _grouped(q: torch.Tensor, kv: PagedKV) -> torch.Tensor:

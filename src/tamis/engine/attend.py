@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tamis.attention import decode, prefill
 from tamis.attention.merge import merge_sinks, merge_states
+from tamis.attention.narrow import narrowed
 from tamis.attention.parts import KVPart, attend_parts
 from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.attention.reference import gather, gather_kv
@@ -18,7 +19,6 @@ from tamis.cache import BatchView, PagedKV
 from tamis.engine import inspection, stores
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.patterns import streaming_pattern
-from tamis.engine.reads import narrowed
 from tamis.engine.views import DecodeQuery, LayerOptions, PromptChunk
 
 State = tuple[Tensor, Tensor]
@@ -50,6 +50,9 @@ class StepAttention:
         self._positions = positions
         self._lives = lives
         self._trees = trees
+        self._listening = [
+            (i, life) for i, life in enumerate(lives) if life is not None and life.listens
+        ]
         self._n_decode = sum(count == 1 for count in counts)
         plain = [life is None or life.direct for life in lives[: self._n_decode]]
         self._n_plain = plain.index(False) if False in plain else self._n_decode
@@ -88,19 +91,19 @@ class StepAttention:
         if n:
             pages = self._view.pages(layer, 0, n, with_new=True)
             parts.append(_decode(q[:n], pages, options, self._positions[:n]))
+        for life in self._lives:
+            if life is not None:
+                life.layers[layer].options = options
         for i in range(n, len(self._spans)):
             start, end = self._spans[i]
             life, own = self._lives[i], slice(start, end)
-            if life is not None:
-                life.layers[layer].options = options
             if end - start == 1 and life is not None:
                 parts.append(self._decode_one(life, layer, i, q[own], options))
             else:
                 parts.append(self._prefill(life, layer, i, q[own], k[own], v[own], options))
         out, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-        for i, life in enumerate(self._lives):
-            if life is not None:
-                self._observe(life, layer, i, q, v, lse, options)
+        for i, life in self._listening:
+            self._observe(life, layer, i, q, v, lse, options)
         return out
 
     def _observe(
@@ -114,7 +117,6 @@ class StepAttention:
         options: LayerOptions,
     ) -> None:
         """Give a sequence's plan what it needs to see of the layer."""
-        life.layers[layer].options = options
         start, end = self._spans[i]
         own = slice(start, end)
         pages = self._view.pages(layer, i, i + 1, with_new=True)
@@ -137,8 +139,10 @@ class StepAttention:
         listed: TokenList | None = None
         live, encoded = pages, None
         if chosen is not None and chosen.pages is not None:
-            before = life.encoded_lengths(layer) // pages.format.page_size
-            live, encoded = narrowed(pages, chosen.pages, before)
+            encoded, before = chosen.pages, None
+            if life.plan.codec is not None:
+                before = life.encoded_lengths(layer)[None] // pages.format.page_size
+            live = narrowed(pages, encoded[None], before)
         elif chosen is not None and chosen.tokens is not None:
             real = chosen.tokens < pages.lengths[0][:, None]
             listed = TokenList(chosen.tokens[None].int(), real.sum(1)[None].int())

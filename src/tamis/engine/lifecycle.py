@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tamis.attention.observe import column_sums, decode_weights
 from tamis.cache import Field, OutOfPages, PagedKV, SequenceCache
+from tamis.cache.pool import IntArray
 from tamis.engine import eviction, stores
 from tamis.engine.program import Aside
 from tamis.engine.trace import Trace
@@ -39,7 +40,8 @@ class LayerLife:
         similarity: sum of cosine similarities over tokens, and their number.
         dropped: sums of the keys and values that streaming heads dropped, and their number, fp32
             [kv_heads, k_dim], [kv_heads, v_dim] and [kv_heads].
-        summarized: full pages whose summaries are up to date.
+        summarized: full pages of each head whose summaries are up to date, int32 [kv_heads]; 0 for
+            none of any head.
         watched: the last queries of a pass that are observed, and their positions.
     """
 
@@ -50,7 +52,7 @@ class LayerLife:
     values: tuple[Tensor | None, int] = (None, 0)
     similarity: tuple[float, int] = (0.0, 0)
     dropped: tuple[Tensor, Tensor, Tensor] | None = None
-    summarized: int = 0
+    summarized: IntArray | int = 0
     watched: tuple[Tensor, Tensor] | None = None
 
 
@@ -141,6 +143,11 @@ class Lifecycle:
         """Whether a decode step reads all live pages and nothing else."""
         selects = self.generating and self.plan.select is not None
         return not selects and self.sees is None and not stores.held(self)
+
+    @property
+    def listens(self) -> bool:
+        """Whether anything of a step is noted (`observe`)."""
+        return self.plan.needs.in_steps or self.watch is not None or self.trace is not None
 
     def fork(self, cache: SequenceCache) -> Lifecycle:
         """The same life for a fork of the sequence, with its `cache`."""
@@ -273,6 +280,10 @@ class Lifecycle:
     def encoded_lengths(self, layer: int) -> Tensor:
         """Tokens of each head that lie in encoded pages, before its live ones, int64 [kv_heads]."""
         return stores.encoded_lengths(self, layer)
+
+    def encoded_pages(self, layer: int) -> PagedKV | None:
+        """The encoded pages of a layer, one row; None where there are none."""
+        return stores.encoded_pages(self, layer)
 
     def summary(self, layer: int, name: str) -> Tensor:
         """A summary of every page that has one, [kv_heads, pages, width]."""

@@ -134,14 +134,30 @@ def encoded_lengths(life: Lifecycle, layer: int) -> Tensor:
     return torch.from_numpy(life.cache.store_length(CODEC, layer).copy()).long().to(life.device)
 
 
+def encoded_pages(life: Lifecycle, layer: int) -> PagedKV | None:
+    """The encoded pages of a layer, one row; None where there are none."""
+    if layer not in _covered(life, CODEC):
+        return None
+    store = life.cache.stores[CODEC]
+    rows = store.rows(layer)
+    return store.paged(rows) if store.lengths[rows].any() else None
+
+
 def summary(life: Lifecycle, layer: int, name: str) -> Tensor:
     """A summary of every page that has one, encoded pages first: [kv_heads, pages, width]."""
-    live = life.cache.summaries(layer, name)[:, : life.layers[layer].summarized].flatten(2)
-    encoded = int(encoded_lengths(life, layer).max()) // life.cache.layout.page_size
-    if not encoded:
+    full = int(np.max(life.layers[layer].summarized))
+    live = life.cache.summaries(layer, name)[:, :full].flatten(2)
+    encoded = encoded_lengths(life, layer) // life.cache.layout.page_size
+    most = int(encoded.max())
+    if not most:
         return live
-    stored = life.cache.stored(CODEC, layer, 0, encoded, (name,))[name]
-    return torch.cat([stored.flatten(2), live], dim=1)
+    stored = life.cache.stored(CODEC, layer, 0, most, (name,))[name]
+    joined = torch.cat([stored.flatten(2), live], dim=1)
+    # Where a head has fewer encoded pages than another, its live ones come earlier.
+    at = torch.arange(joined.shape[1], device=joined.device).expand(len(joined), -1)
+    source = torch.where(at < encoded[:, None], at, at + (most - encoded)[:, None])
+    source = source.clamp_max(joined.shape[1] - 1)
+    return joined.gather(1, source[..., None].expand_as(joined))
 
 
 def _encoded(life: Lifecycle, layer: int, pages: Tensor | None) -> Iterator[KVPart]:
@@ -205,7 +221,7 @@ def _encode_pages(life: Lifecycle, layer: int, n_pages: np.ndarray) -> None:
         position = cache.column(layer, POSITION)[:, : most * size]
         fields[POSITION] = _in_pages(_padded(position, most * size), size)
     cache.unshare(range(layer, layer + 1))
-    life.layers[layer].summarized = max(0, life.layers[layer].summarized - most)
+    life.layers[layer].summarized = np.maximum(life.layers[layer].summarized - n_pages, 0)
     per_token = {c.name for c in _codec_columns(life, layer) if c.rows is None}
     for n in np.unique(n_pages[n_pages > 0]).tolist():
         heads = np.flatnonzero(n_pages == n).tolist()
@@ -263,15 +279,21 @@ def _summarize(life: Lifecycle) -> None:
     select, cache = life.plan.select, life.cache
     assert select is not None
     size = cache.layout.page_size
+    full = cache.lengths // size
     for layer in _whole_layers(life):
-        mine = life.layers[layer]
-        full = int(cache.lengths[cache.layout.rows(layer)].max()) // size
-        for first in range(mine.summarized, full, _PIECE):
-            last = min(first + _PIECE, full)
+        mine, now = life.layers[layer], full[cache.layout.rows(layer)]
+        grown = now > mine.summarized
+        if not grown.any():
+            continue
+        # From the first page that any head has filled to the last: of the others nothing changes.
+        begin = int(np.broadcast_to(mine.summarized, now.shape)[grown].min())
+        end = int(now[grown].max())
+        for first in range(begin, end, _PIECE):
+            last = min(first + _PIECE, end)
             k = _padded(cache.keys_values(layer, first * size, last * size)[0], size)
             for name, values in select.summarize(_in_pages(k, size)).items():
                 cache.set_summaries(layer, name, first, values[:, :, None])
-        mine.summarized = full
+        mine.summarized = now
 
 
 def _covered(life: Lifecycle, name: str) -> Collection[int]:

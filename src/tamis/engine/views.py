@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -157,35 +157,49 @@ class DecodeQuery(_View):
 
     @cached_property
     def lengths(self) -> Tensor:
-        return self._pages.lengths[0].long() + self._life.encoded_lengths(self.layer)
+        live = self._pages.lengths[0].long()
+        if self._life.plan.codec is None:
+            return live
+        return live + self._life.encoded_lengths(self.layer)
 
     def summary(self, name: str) -> Tensor:
         return self._life.summary(self.layer, name)
 
-    def bounds(self, low: str, high: str) -> Tensor:
-        k_min, k_max = self.summary(low), self.summary(high)
-        bounds = observe.bound_scores(self.q, k_min, k_max)
-        full = self.lengths // self.page_size
-        missing = torch.arange(k_min.shape[1], device=full.device) >= full[:, None]
-        group = self.q.shape[0] // len(full)
-        return bounds.masked_fill_(missing.repeat_interleave(group, 0), -torch.inf)
+    def top_pages(self, low: str, high: str, count: int) -> Tensor:
+        cache = self._life.cache
+        format = cache.pool(cache.layout.rows(self.layer)).format  # with the plan's columns
+        return observe.top_pages(
+            self.q[None],
+            replace(self._pages, format=format),
+            count,
+            low=low,
+            high=high,
+            before=self._life.encoded_pages(self.layer),
+        )[0]
 
-    def weights(self) -> Tensor:
+    def weights(
+        self,
+        *,
+        channels: Tensor | None = None,
+        divisors: Tensor | None = None,
+        first: int = 0,
+        last: int = 0,
+    ) -> Tensor:
         options = self.options
-        return observe.window_weights(
+        return observe.token_weights(
             self.q[None],
             self._pages,
             scale=options.scale,
-            positions=torch.tensor([self._life.cache.next_position], device=self.q.device),
-            window=options.window,
             softcap=options.softcap,
-            sinks=options.sinks,
-        )[:, 0]
-
-    def partial_scores(self, channels: Tensor) -> Tensor:
-        return observe.partial_scores(
-            self.q[None], self._pages, channels[None], scale=self.options.scale
+            channels=None if channels is None else channels[None],
+            divisors=None if divisors is None else divisors[None],
+            first=first,
+            last=last,
         )[0]
+
+    def top_tokens(self, values: Tensor, count: int, *, first: int = 0, last: int = 0) -> Tensor:
+        lengths = self.lengths if len(values) == len(self.lengths) else self.lengths.amax(0, True)
+        return observe.top_tokens(values, lengths, count, first=first, last=last)
 
     def mean_value(self) -> Tensor:
         total, tokens = self._layer.values

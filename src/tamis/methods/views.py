@@ -87,6 +87,11 @@ class Needs:
     similarity: bool = False
     mean_value: bool = False
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether anything must be gathered of a layer's queries, keys and values."""
+        return self.queries > 0 or self.attention or self.mean_value
+
     def __or__(self, other: Needs) -> Needs:
         """What both need."""
         return Needs(
@@ -236,16 +241,41 @@ class DecodeView(Protocol):
         """A declared summary of every full page, [kv_heads, pages, rows * width]. The last page is
         not among them while it is not full."""
 
-    def bounds(self, low: str, high: str) -> Tensor:
-        """Upper bounds of the query's products with the keys of every full page, from summaries of
-        their smallest and largest elements, fp32 [q_heads, pages], not scaled."""
+    def top_pages(self, low: str, high: str, count: int) -> Tensor:
+        """The last page of each head, and the `count` - 1 others that its queries could match best:
+        those with the largest upper bound of the product of any of its query heads with a key,
+        from summaries of the keys' smallest and largest elements. Of equal ones the first;
+        ascending, int64 [kv_heads, count]. What a head with fewer pages has beyond its own are
+        numbers of pages after its last."""
 
-    def weights(self) -> Tensor:
-        """Softmax weights of the query over all cached tokens, fp32 [q_heads, tokens]."""
+    def weights(
+        self,
+        *,
+        channels: Tensor | None = None,
+        divisors: Tensor | None = None,
+        first: int = 0,
+        last: int = 0,
+    ) -> Tensor:
+        """Softmax weights of the query over the cached tokens but the `first` first and the `last`
+        last ones of each head, fp32 [q_heads, tokens], zero where a token has none.
 
-    def partial_scores(self, channels: Tensor) -> Tensor:
-        """Scaled products over some channels of queries and keys only, fp32 [q_heads, tokens],
-        -inf where no token is; `channels` int64 [kv_heads, r]."""
+        Args:
+            channels: the only channels of queries and keys that scores are made of, int64
+                [kv_heads, r]; None for all.
+            divisors: what scores are divided by before the softmax, fp32 [q_heads]; None for 1.
+            first, last: see above.
+        """
+
+    def top_tokens(self, values: Tensor, count: int, *, first: int = 0, last: int = 0) -> Tensor:
+        """The `first` first tokens, the `last` last ones, and between them those of largest value,
+        of equal ones the first: `count` in all, ascending, int64 [rows, count]. What a head with
+        fewer tokens has beyond its own are indices after its last.
+
+        Args:
+            values: fp32 [rows, tokens]; a row per KV head, or one row for a layer whose heads hold
+                the same tokens.
+            count, first, last: see above; `first` comes before `last` where `count` is too small.
+        """
 
     def mean_value(self) -> Tensor:
         """Mean of all values that were ever cached, fp32 [kv_heads, v_dim]. Needs `mean_value`."""

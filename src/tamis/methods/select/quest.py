@@ -52,16 +52,10 @@ class Quest(Select):
         after its last."""
         if view.layer < self.skip_layers:
             return None
-        last = (view.lengths - 1) // view.page_size
-        cached = int(last.max()) + 1
+        cached = -(-int(view.lengths.max()) // view.page_size)
         count = self.pages
         if isinstance(count, float):
             count = math.ceil(count * cached)
         if count >= cached:
             return None
-        bounds = view.bounds("k_min", "k_max")
-        grouped = bounds.view(len(last), -1, bounds.shape[1]).amax(1)
-        scores = grouped.new_full((len(last), cached), -torch.inf)
-        scores[:, : grouped.shape[1]] = grouped
-        scores.scatter_(1, last[:, None], torch.inf)
-        return Selection(pages=scores.topk(count, sorted=False).indices.sort().values)
+        return Selection(pages=view.top_pages("k_min", "k_max", count))

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from tamis.methods.base import Select, param
 from tamis.methods.views import DecodeView, Needs, Selection, group_sum
 
@@ -48,25 +46,20 @@ class SparQ(Select):
     def select(self, view: DecodeView) -> Selection | None:
         """k tokens per head; what a head with fewer has beyond its own are indices after its
         last."""
-        lengths = view.lengths[:, None]
-        longest = int(lengths.max())
+        heads, longest = len(view.lengths), int(view.lengths.max())
         k = _count(self.k, longest)
         if k >= longest:
             return None
-        size = view.q.abs().float().view(len(lengths), -1, view.q.shape[1])
+        size = view.q.abs().float().view(heads, -1, view.q.shape[1])
         channels = size.sum(1).topk(_count(self.r, size.shape[2])).indices
         covered = size.gather(2, channels[:, None].expand(-1, size.shape[1], -1)).sum(2)
         share = (covered / size.sum(2)).nan_to_num(1.0)  # a query of zeros scores all alike
 
-        scores = view.partial_scores(channels) / share.view(-1, 1).sqrt()
-        s_hat = scores.softmax(1)
-        token = torch.arange(longest, device=lengths.device)
-        votes = group_sum(s_hat, len(lengths)).masked_fill_(token >= lengths, -torch.inf)
-        recent = lengths - max(1, int(self.local * k))
-        votes.masked_fill_((token >= recent) & (token < lengths), torch.inf)
-        tokens = votes.topk(k, sorted=False).indices.sort().values
+        s_hat = view.weights(channels=channels, divisors=share.flatten().sqrt())
+        votes = group_sum(s_hat, heads)
+        tokens = view.top_tokens(votes, k, last=max(1, int(self.local * k)))
 
-        each = tokens.repeat_interleave(size.shape[1], 0)
+        each = tokens.clamp_max(longest - 1).repeat_interleave(size.shape[1], 0)
         alpha = s_hat.gather(1, each).sum(1)
         return Selection(
             tokens=tokens, rest=view.mean_value(), rest_weight=(1 - alpha).clamp(0.0, 1.0)

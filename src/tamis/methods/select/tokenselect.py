@@ -61,9 +61,10 @@ class TokenSelect(Select):
         first_local = length - self.n_local
         query = view.q.flatten().float()
         if not self._still_good(view.state.get("tokenselect"), query, first_local):
-            middle = view.weights()[:, self.n_init : first_local]
-            votes = middle / middle.sum(1, keepdim=True).clamp_min(torch.finfo(middle.dtype).tiny)
-            chosen = votes.sum(0).topk(k, sorted=False).indices.sort().values + self.n_init
+            votes = view.weights(first=self.n_init, last=self.n_local).sum(0, keepdim=True)
+            count = self.n_init + k + self.n_local
+            voted = view.top_tokens(votes, count, first=self.n_init, last=self.n_local)
+            chosen = voted[0, self.n_init : self.n_init + k]
             view.state["tokenselect"] = (query, chosen)
         _, chosen = view.state["tokenselect"]
         index = torch.arange(length, device=query.device)
