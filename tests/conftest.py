@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton asks when it is first imported, and others import it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import PreTrainedModel
 
 from tamis import shipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ import torch
 
 from tamis.errors import ConfigError, TamisWarning
 
-BACKENDS = ("reference", "native")
+BACKENDS = ("reference", "native", "triton")
 """The implementations of every kernel: plain torch, and C++ for the CPU."""
 
 DTYPES = {
@@ -129,7 +130,7 @@ def native_module(warn: bool = True) -> ModuleType | None:
 
 
 def native_for(backend: str | None, *tensors: torch.Tensor) -> ModuleType | None:
-    """The extension where an operation on `tensors` is to run in it, None where in plain torch.
+    """The extension where an operation on `tensors` is to run in it, None where it is not.
 
     Args:
         backend: a name of BACKENDS, or None for the environment's TAMIS_BACKEND if set, else the
@@ -139,20 +140,64 @@ def native_for(backend: str | None, *tensors: torch.Tensor) -> ModuleType | None
     Raises:
         ConfigError: the name is unknown, or it is "native" where that cannot run.
     """
-    asked = backend or os.environ.get("TAMIS_BACKEND")
-    if asked == "reference":
+    asked = _asked(backend)
+    if asked in ("reference", "triton"):
         return None
-    if asked and asked not in BACKENDS:
-        raise ConfigError(
-            f"unknown backend {asked!r} (backend= or TAMIS_BACKEND): use one of "
-            f"{', '.join(BACKENDS)}"
-        )
     on_cpu = all(tensor.is_cpu for tensor in tensors)
     extension = native_module() if on_cpu else None
     if asked and extension is None:
         why = "the extension is not installed" if on_cpu else "the operands are not on the CPU"
         raise ConfigError(f"the native backend was asked for, but {why}; use 'reference' here")
     return extension
+
+
+def triton_for(backend: str | None, *tensors: torch.Tensor) -> bool:
+    """Whether an operation on `tensors` that has a Triton kernel is to run in it.
+
+    Args:
+        backend: as `native_for` takes it; by default Triton runs where it is installed and every
+            tensor is on a CUDA device.
+        tensors: the operands.
+
+    Raises:
+        ConfigError: the name is unknown, or it is "triton" where that cannot run.
+    """
+    asked = _asked(backend)
+    if asked in ("reference", "native"):
+        return False
+    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    if asked == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if not triton_installed():
+            raise ConfigError("the triton backend was asked for, but Triton is not installed")
+        if not on_gpu and not interpreted:
+            raise ConfigError(
+                "the triton backend was asked for, but the operands are not on a CUDA device; use "
+                "'native' or 'reference' here, or TRITON_INTERPRET=1 to try it slowly"
+            )
+        return True
+    return on_gpu and triton_installed()
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _asked(backend: str | None) -> str | None:
+    """The backend that an operation or else the environment names; None for neither.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    asked = backend or os.environ.get("TAMIS_BACKEND")
+    if asked and asked not in BACKENDS:
+        raise ConfigError(
+            f"unknown backend {asked!r} (backend= or TAMIS_BACKEND): use one of "
+            f"{', '.join(BACKENDS)}"
+        )
+    return asked or None
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

@@ -3,11 +3,13 @@
 `observe` holds the statistics of it that methods ask for.
 """
 
+import torch
+
 from tamis.attention import observe
 from tamis.attention.decode import decode
 from tamis.attention.merge import merge_states
 from tamis.attention.prefill import prefill
-from tamis.platform import BACKENDS, native_module
+from tamis.platform import BACKENDS, native_module, triton_installed
 
 __all__ = ["backends", "decode", "merge_states", "observe", "prefill"]
 
@@ -20,5 +22,9 @@ def backends() -> dict[str, bool]:
         >>> backends()["reference"]
         True
     """
-    missing = native_module(warn=False) is None
-    return {name: name != "native" or not missing for name in BACKENDS}
+    runs = {
+        "reference": True,
+        "native": native_module(warn=False) is not None,
+        "triton": triton_installed() and torch.cuda.is_available(),
+    }
+    return {name: runs[name] for name in BACKENDS}

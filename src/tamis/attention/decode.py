@@ -10,7 +10,7 @@ from tamis.attention import native, reference
 from tamis.attention.checks import check_options, check_paged, check_tokens
 from tamis.attention.pattern import TokenList
 from tamis.cache.format import PagedKV
-from tamis.platform import native_for
+from tamis.platform import native_for, triton_for
 
 
 def decode(
@@ -42,7 +42,7 @@ def decode(
         softcap: bound of the scores; None for no bound.
         sinks: one logit per query head that joins the softmax's denominator only, [q_heads].
         tokens: the cached tokens that each head reads; None for all.
-        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
+        backend: a name of `tamis.platform.BACKENDS`; None chooses.
 
     Returns:
         `(out, lse)`: out [n, q_heads, v_dim] in q's dtype; lse [n, q_heads], fp32, the natural
@@ -71,8 +71,11 @@ def decode(
         raise ValueError(f"{q.shape[0]} queries cannot read {kv.lengths.shape[0]} rows of pages")
     check_options(q, positions, window, softcap, sinks)
     check_tokens(kv, tokens)
-    extension = native_for(backend, q, kv.data)
-    run = partial(native.decode, extension) if extension is not None else reference.decode
+    run = reference.decode
+    if triton_for(backend, q, kv.data):
+        from tamis.attention.gpu.decode import decode as run  # takes seconds to import
+    elif (extension := native_for(backend, q, kv.data)) is not None:
+        run = partial(native.decode, extension)
     return run(
         q,
         kv,

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 
 from tamis.attention import observe_native, observe_reference
 from tamis.attention.checks import check_paged
 from tamis.cache.format import PagedKV
-from tamis.platform import native_for
+from tamis.platform import native_for, triton_for
 
 
 def implementation(
     name: str, backend: str | None, q: torch.Tensor, kv: PagedKV
 ) -> Callable[..., torch.Tensor]:
-    """The function `name` of `observe_native` or `observe_reference`, as `native_for` chooses."""
+    """The function `name` of `observe_native`, `gpu.observe` or `observe_reference`, as
+    `native_for` and `triton_for` choose; those that Triton lacks run in plain torch."""
     extension = native_for(backend, q, kv.data)
-    module = observe_reference if extension is None else observe_native
-    function: Callable[..., torch.Tensor] = getattr(module, name)
-    return function if extension is None else partial(function, extension)
+    if extension is not None:
+        return partial(getattr(observe_native, name), extension)
+    module: ModuleType = observe_reference
+    if triton_for(backend, q, kv.data):
+        from tamis.attention.gpu import observe as module  # takes seconds to import
+    function: Callable[..., torch.Tensor] = getattr(module, name, getattr(observe_reference, name))
+    return function
 
 
 def longest(kv: PagedKV) -> int:

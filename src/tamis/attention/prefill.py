@@ -10,7 +10,7 @@ from tamis.attention import native, reference
 from tamis.attention.checks import DTYPES, check_options, check_paged, check_pattern
 from tamis.attention.pattern import SparsePattern
 from tamis.cache.format import PagedKV
-from tamis.platform import native_for
+from tamis.platform import native_for, triton_for
 
 
 def prefill(
@@ -50,7 +50,7 @@ def prefill(
         pattern: which of the visible (query, key) pairs are computed; None for all.
         own: whether the queries also see the chunk, causally. Without it they see `past` only: one
             part of an attention that `merge_states` completes.
-        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
+        backend: a name of `tamis.platform.BACKENDS`; None chooses.
 
     Returns:
         `(out, lse)`: out [tokens, q_heads, v_dim] in q's dtype; lse [tokens, q_heads], fp32, the
@@ -75,8 +75,11 @@ def prefill(
     if pattern is not None and not own:
         raise ValueError("a pattern lists keys of the chunk too, so own must be True with one")
     operands = (q, k, v) if past is None else (q, k, v, past.data)
-    extension = native_for(backend, *operands)
-    run = partial(native.prefill, extension) if extension is not None else reference.prefill
+    run = reference.prefill
+    if triton_for(backend, *operands):
+        from tamis.attention.gpu.prefill import prefill as run  # takes seconds to import
+    elif (extension := native_for(backend, *operands)) is not None:
+        run = partial(native.prefill, extension)
     return run(
         q,
         k,

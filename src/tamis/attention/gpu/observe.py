@@ -1,0 +1,246 @@
+"""Statistics of attention in Triton: scores and weights of queries over cached tokens, column sums.
+
+What `tamis.attention.observe` says of its arguments holds here; `width` is the longest head's
+length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tamis.attention.gpu.tiles import (
+    capped,
+    dot,
+    load_positions,
+    load_rows,
+    padded,
+    page_fields,
+    page_of,
+)
+from tamis.cache.format import PagedKV
+
+KEYS = 64
+"""Cached tokens of one program."""
+
+QUERIES = 64
+"""Queries that meet them at once."""
+
+
+def chunk_scores(
+    q: torch.Tensor,
+    kv: PagedKV,
+    width: int,
+    *,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """The scores of queries q [w, q_heads, k_dim] over the one row of `kv`.
+
+    Returns:
+        [q_heads, w, width], fp32; -inf where a query does not see a token.
+    """
+    n, q_heads, _ = q.shape
+    out = q.new_empty(q_heads, n, width, dtype=torch.float32)
+    by_head = q.transpose(0, 1).contiguous()
+    _run(by_head, kv, None, out, width, scale, positions, window, softcap, of_rows=False)
+    return out
+
+
+def column_sums(
+    q: torch.Tensor,
+    kv: PagedKV,
+    lse: torch.Tensor,
+    width: int,
+    *,
+    scale: float,
+    positions: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """The sums of exp(score - lse) over queries q [tokens, q_heads, k_dim]: [q_heads, width]."""
+    out = q.new_empty(q.shape[1], width, dtype=torch.float32)
+    by_head = q.transpose(0, 1).contiguous()
+    lse = lse.T.float().contiguous()
+    _run(by_head, kv, lse, out, width, scale, positions, window, softcap, of_rows=False, sums=True)
+    return out
+
+
+def decode_scores(
+    q: torch.Tensor, kv: PagedKV, width: int, *, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """The scores of each row's query q [n, q_heads, k_dim] over all cached tokens of the row.
+
+    Returns:
+        [n, q_heads, width], fp32; -inf beyond each head's length.
+    """
+    out = q.new_empty(*q.shape[:2], width, dtype=torch.float32)
+    _run(q.contiguous(), kv, None, out, width, scale, None, None, softcap, of_rows=True)
+    return out
+
+
+def decode_weights(
+    q: torch.Tensor,
+    kv: PagedKV,
+    lse: torch.Tensor,
+    width: int,
+    *,
+    scale: float,
+    positions: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """exp(score - lse) of each row's query q [n, q_heads, k_dim]: [n, q_heads, width]."""
+    out = q.new_empty(*q.shape[:2], width, dtype=torch.float32)
+    lse = lse.float().contiguous()
+    _run(q.contiguous(), kv, lse, out, width, scale, positions, window, softcap, of_rows=True)
+    return out
+
+
+def _run(
+    q: torch.Tensor,
+    kv: PagedKV,
+    lse: torch.Tensor | None,
+    out: torch.Tensor,
+    width: int,
+    scale: float,
+    positions: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    *,
+    of_rows: bool,
+    sums: bool = False,
+) -> None:
+    """Fill `out` with scores, with weights where there is `lse`, or with their sums.
+
+    Args:
+        q: `of_rows` [n, q_heads, k_dim], each row's query reading its own row of pages, the group's
+            heads together; otherwise [q_heads, n, k_dim], all reading the one row.
+    """
+    kv_heads = kv.lengths.shape[1]
+    if of_rows:
+        programs, queries = q.shape[0] * kv_heads, q.shape[1] // kv_heads
+    else:
+        programs, queries = q.shape[0], q.shape[1]
+    if not width or not programs:
+        return
+    _observe[(programs, -(-width // KEYS))](
+        q,
+        lse if lse is not None else out,
+        positions.int().contiguous() if positions is not None else kv.lengths,
+        out,
+        queries,
+        width,
+        programs // kv_heads,
+        scale,
+        softcap or 1.0,
+        window or 0,
+        KV_HEADS=kv_heads,
+        K_DIM=q.shape[2],
+        K_PADDED=padded(q.shape[2]),
+        QUERIES=min(QUERIES, padded(queries)),
+        KEYS=KEYS,
+        ITEM=q.element_size(),
+        OF_ROWS=of_rows,
+        WEIGHTS=lse is not None,
+        SUMS=sums,
+        POSITIONED=positions is not None,
+        WINDOWED=window is not None and positions is not None,
+        CAPPED=softcap is not None,
+        **page_fields(kv, q.dtype),
+    )
+
+
+@triton.jit
+def _observe(
+    q,
+    lse,
+    positions,
+    out,
+    queries,
+    width,
+    group,
+    scale,
+    softcap,
+    window,
+    data,
+    at_data,
+    tables,
+    lengths,
+    tables_row,
+    tables_head,
+    lengths_row,
+    lengths_head,
+    KV_HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    ITEM: tl.constexpr,
+    OF_ROWS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    POSITIONED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    UNIT: tl.constexpr,
+    K_OFFSET: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    AT_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """One tile of keys and all queries that read them in this program: `queries` consecutive rows
+    of q, from the first of them on."""
+    program, tile = tl.program_id(0), tl.program_id(1)
+    row, kv_head = 0, program // group
+    if OF_ROWS:
+        row, kv_head = program // KV_HEADS, program % KV_HEADS
+    length = tl.load(lengths + row * lengths_row + kv_head * lengths_head)
+    table = tables + row * tables_row + kv_head * tables_head
+    key = tile * KEYS + tl.arange(0, KEYS)
+    known = key < length
+    page = page_of(table, key, known, PAGE)
+    slot = key % PAGE
+    k = load_rows(data, page, slot, known, UNIT, K_OFFSET, K_DIM, K_PADDED)
+    key_at = load_positions(at_data, page, slot, known, ITEM, UNIT, AT_OFFSET)
+    channel = tl.arange(0, K_PADDED)
+    sums = tl.zeros([KEYS], tl.float32)
+    for start in range(0, queries, QUERIES):
+        query = start + tl.arange(0, QUERIES)
+        real = query < queries
+        at_q = (program * queries).to(tl.int64) + query
+        rows = tl.load(
+            q + at_q[:, None] * K_DIM + channel[None, :],
+            mask=real[:, None] & (channel < K_DIM)[None, :],
+            other=0.0,
+        )
+        scores = capped(dot(rows, tl.trans(k)) * scale, softcap, CAPPED)
+        seen = known[None, :] & real[:, None]
+        if POSITIONED:
+            if OF_ROWS:
+                at = tl.load(positions + row) + query * 0
+            else:
+                at = tl.load(positions + query, mask=real, other=0)
+            seen = seen & (key_at[None, :] <= at[:, None])
+            if WINDOWED:
+                seen = seen & (key_at[None, :] > (at - window)[:, None])
+        if WEIGHTS:
+            norm = tl.load(lse + at_q, mask=real, other=float("-inf"))
+            seen = seen & (norm != float("-inf"))[:, None]
+            scores = tl.exp(scores - tl.where(norm == float("-inf"), 0.0, norm)[:, None])
+            scores = tl.where(seen, scores, 0.0)
+        else:
+            scores = tl.where(seen, scores, float("-inf"))
+        if SUMS:
+            sums += tl.sum(scores, 0)
+        else:
+            tl.store(
+                out + at_q[:, None] * width + key[None, :],
+                scores,
+                mask=real[:, None] & (key < width)[None, :],
+            )
+    if SUMS:
+        tl.store(out + program.to(tl.int64) * width + key, sums, mask=key < width)
