@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from tamis import __version__
+from tamis.cli import serve as serving
 from tamis.cli import terminal
 from tamis.cli.bench import bench
 from tamis.cli.demo import demo
@@ -56,6 +57,7 @@ app.command()(inspect)
 app.command()(demo)
 app.command()(bench)
 app.command()(methods)
+app.command(context_settings={"auto_envvar_prefix": serving.PREFIX})(serving.serve)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     lm_eval
 )

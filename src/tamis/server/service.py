@@ -1,0 +1,287 @@
+"""From a request to its answer: what both generating endpoints do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tamis.errors import TamisError
+from tamis.guide import JsonGuide
+from tamis.llm import AsyncLLM
+from tamis.sampling import SamplingParams
+from tamis.server import chat, completions
+from tamis.server.admission import Admission
+from tamis.server.answer import Head, Job, Writer
+from tamis.server.chat import ChatWriter
+from tamis.server.completions import CompletionWriter
+from tamis.server.connection import ClientGone, unless_gone
+from tamis.server.errors import ApiError, explain
+from tamis.server.generation import Generation
+from tamis.server.logs import GONE
+from tamis.server.metrics import Metrics
+from tamis.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    ResponseFormat,
+    Sampling,
+    TokenizeRequest,
+)
+from tamis.server.settings import Settings
+from tamis.server.stream import DONE, EventStream, error_event, event
+from tamis.server.tokens import TokenTexts
+
+_GUIDES_KEPT = 64
+
+Prepare = Callable[[], Awaitable[tuple[Job, Writer]]]
+
+
+class Service:
+    """Answers requests with one model.
+
+    Args:
+        llm: the model in its engine.
+        settings: of the server.
+
+    Raises:
+        RequestError: the model has no tokenizer, without which there is no text to serve.
+    """
+
+    def __init__(self, llm: AsyncLLM, settings: Settings) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.admission = Admission(settings.max_requests)
+        self.metrics = Metrics(llm.engine, self.admission)
+        self._texts = TokenTexts(llm.vocabulary)
+        self._guide_of = lru_cache(_GUIDES_KEPT)(self._compile)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its completion at the most."""
+        return self.llm.model.max_length
+
+    async def complete(self, request: CompletionRequest) -> tuple[Job, Writer]:
+        """What a request of `/v1/completions` asks for, and who writes its answer."""
+        self.check_model(request.model)
+        own = completions.sampling(request)
+        prompts = completions.prompts(request)
+        ids = await asyncio.to_thread(self._encode, prompts)
+        job = await self._job(request, ids, own)
+        head = Head.new("cmpl", request.model)
+        echoed: list[str] = []
+        if request.echo:
+            echoed = [p if isinstance(p, str) else self._texts.decode(p) for p in prompts]
+        return job, CompletionWriter(request, head, self._texts, echoed)
+
+    async def chat(self, request: ChatRequest) -> tuple[Job, Writer]:
+        """What a request of `/v1/chat/completions` asks for, and who writes its answer."""
+        self.check_model(request.model)
+        own = chat.sampling(request)
+        job = await self._job(request, [await self._encode_chat(request.messages)], own)
+        return job, ChatWriter(request, Head.new("chatcmpl", request.model), self._texts)
+
+    async def tokenize(self, request: TokenizeRequest) -> list[int]:
+        """The token ids of a text or a conversation.
+
+        Raises:
+            ApiError: the request has neither, or both.
+        """
+        prompt, messages = request.prompt, request.messages
+        if prompt is not None and messages is None:
+            return await asyncio.to_thread(self.llm.encode, prompt)
+        if messages is not None and prompt is None:
+            return await self._encode_chat(messages)
+        raise ApiError(400, "give either prompt or messages", param="prompt")
+
+    async def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return await asyncio.to_thread(self.llm.encode_chat, chat.conversation(messages))
+
+    def check_model(self, name: str) -> None:
+        """Refuse a request for a model that is not served."""
+        if name != self.settings.name:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; use {self.settings.name!r}",
+                "model_not_found",
+                "model",
+            )
+
+    async def answer(self, request: Request, streamed: bool, prepare: Prepare) -> Response:
+        """Admit a request, run it, and answer it.
+
+        The request holds its place until its answer has ended, and its pages no longer than its
+        client stays.
+
+        Raises:
+            ApiError, TamisError: it was refused, or failed.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
+        log: dict[str, Any] = request.state.log
+        log["streamed"] = streamed
+        with ExitStack() as place:
+            place.enter_context(self.admission.request())
+            try:
+                generation, writer = await unless_gone(
+                    request.receive, self._start(prepare, deadline, log)
+                )
+                place.callback(self._end, generation, log)
+                if not streamed:
+                    outputs = await unless_gone(request.receive, generation.finish())
+                    return _json(writer.whole(outputs).model_dump_json())
+            except ClientGone:
+                log["gone"] = True
+                return Response(status_code=GONE)
+            except TimeoutError:
+                raise ApiError(504, "the request took too long to begin", "timeout") from None
+            events = self._events(generation, writer, log)
+            return EventStream(events, self.settings.write_timeout, place.pop_all().close)
+
+    async def _start(
+        self, prepare: Prepare, deadline: float, log: dict[str, Any]
+    ) -> tuple[Generation, Writer]:
+        async with asyncio.timeout_at(deadline):
+            job, writer = await prepare()
+            log["plan"] = str(job.plan)
+            log["prompt_tokens"] = sum(map(len, job.prompts))
+            return await Generation.start(self.llm, job, deadline), writer
+
+    async def _events(
+        self, generation: Generation, writer: Writer, log: dict[str, Any]
+    ) -> AsyncIterator[bytes]:
+        """The answer as encoded events, an error as the last one where there is one."""
+
+        def encode(objects: Any) -> bytes:
+            return b"".join(event(o.model_dump_json()) for o in objects)
+
+        yield encode(writer.opening())
+        try:
+            async for batch in generation.batches():
+                yield b"".join(encode(writer.events(number, i)) for number, i in batch)
+            yield encode(writer.closing(generation.in_order))
+        except (ApiError, TamisError) as error:
+            failure = error if isinstance(error, ApiError) else explain(error)
+            log["error"] = str(failure)
+            yield error_event(failure.body)
+        yield DONE
+
+    def _end(self, generation: Generation, log: dict[str, Any]) -> None:
+        """Leave the engine, and note what became of the request."""
+        generation.end()
+        outputs = generation.in_order
+        self.metrics.ended(outputs)
+        log["output_tokens"] = sum(output.metrics.output_tokens for output in outputs)
+        log["kv_bytes_peak"] = sum(output.metrics.kv_bytes_peak for output in outputs)
+        if outputs:
+            log["finish_reason"] = outputs[0].finish_reason
+            log["ttft_s"] = outputs[0].metrics.ttft_s
+
+    async def _job(
+        self, request: Sampling, prompts: list[list[int]], own: Mapping[str, Any]
+    ) -> Job:
+        """What the engine is asked for.
+
+        Args:
+            own: sampling parameters that the endpoint has in a form of its own.
+
+        Raises:
+            ApiError, TamisError: a limit is exceeded, or a parameter wrong.
+        """
+        settings = self.settings
+        if not prompts or len(prompts) * (request.n or 1) > settings.max_choices:
+            raise ApiError(
+                400,
+                f"{len(prompts)} prompts with n={request.n or 1} completions each; "
+                f"there must be from 1 to {settings.max_choices} completions",
+                "too_many_completions",
+            )
+        longest = max(map(len, prompts))
+        if settings.max_prompt_tokens is not None and longest > settings.max_prompt_tokens:
+            raise ApiError(
+                400,
+                f"the prompt has {longest} tokens; this server takes {settings.max_prompt_tokens}",
+                "context_length_exceeded",
+            )
+        max_tokens = own["max_tokens"]
+        most = settings.max_output_tokens
+        if most is not None:
+            if max_tokens is not None and max_tokens > most:
+                raise ApiError(
+                    400,
+                    f"max_tokens is {max_tokens}; this server generates at most {most}",
+                    "max_tokens_exceeded",
+                    "max_tokens",
+                )
+            max_tokens = max_tokens or most
+        given = {
+            name: getattr(request, name) for name in _SAMPLING if getattr(request, name) is not None
+        }
+        params = SamplingParams(
+            **{"temperature": 1.0, **given, **own, "max_tokens": max_tokens},
+            logit_bias=_bias(request.logit_bias),
+            guide=await self._guide(request.response_format),
+        )
+        plan = settings.allowed(request.kv_plan, self.llm.plan)
+        return Job(prompts, params, plan, request.priority, request.user or "")
+
+    def _encode(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
+        return [self.llm.encode(p) if isinstance(p, str) else p for p in prompts]
+
+    async def _guide(self, wanted: ResponseFormat | None) -> JsonGuide | None:
+        """What makes the answer JSON; compiled once for requests with the same schema."""
+        if wanted is None or wanted.type == "text":
+            return None
+        schema: dict[str, Any] | None = None
+        if wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise ApiError(400, "json_schema is missing", param="response_format")
+            schema = wanted.json_schema.schema_
+        return await asyncio.to_thread(
+            self._guide_of, None if schema is None else json.dumps(schema)
+        )
+
+    def _compile(self, schema: str | None) -> JsonGuide:
+        return self.llm.json_guide(None if schema is None else json.loads(schema))
+
+
+_SAMPLING = (
+    "n",
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "seed",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop",
+)
+"""Fields of a request that are sampling parameters under the same name."""
+
+
+def _bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
+    """Token ids, which JSON can only have as strings, as numbers.
+
+    Raises:
+        ApiError: one is no number.
+    """
+    if bias is None:
+        return None
+    for token_id in bias:
+        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 10):
+            raise ApiError(400, f"{token_id[:20]!r} is not a token id", param="logit_bias")
+    return {int(token_id): value for token_id, value in bias.items()}
+
+
+def _json(text: str) -> Response:
+    return Response(text, media_type="application/json")
