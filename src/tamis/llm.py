@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -65,6 +64,9 @@ class LLM:
         swap_memory: host memory for "swap"; by default as much as `kv_memory`.
         host_memory: host memory for plans that place pages there; by default as much as
             `kv_memory`. The system commits it only when it is used.
+        prefix_cache: whether prompts begin with the KV pages that earlier ones computed for the
+            same tokens, which are kept until somebody needs their room. Off unless asked for, so
+            that a prompt that is measured twice is computed twice; servers switch it on.
         trust_remote_code: whether a model directory may bring its own code.
 
     Raises:
@@ -87,6 +89,7 @@ class LLM:
         preemption: Preemption = "recompute",
         swap_memory: str | int | None = None,
         host_memory: str | int | None = None,
+        prefix_cache: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.plan = Plan.parse(plan)
@@ -114,6 +117,7 @@ class LLM:
             preemption=preemption,
             swap_bytes=swap_bytes,
             host_bytes=kv_bytes if host_memory is None else parse_bytes(host_memory),
+            prefix_cache=prefix_cache,
         )
         self._inboxes: dict[str, list[Increment]] = {}
 
@@ -166,20 +170,14 @@ class LLM:
             messages: `{"role": ..., "content": ...}` each.
 
         Raises:
-            RequestError: the tokenizer is missing or has no chat template, or that refuses the
-            conversation.
+            RequestError: the tokenizer is missing or has no chat template.
         """
         tokenizer = self.model.tokenizer
         if tokenizer is None or not self.has_chat_template:
             raise RequestError("this model has no chat template; give the prompt as plain text")
-        try:
-            encoded = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=True
-            )
-        except TemplateError as error:
-            raise RequestError(
-                f"the model's chat template refuses this conversation: {error}"
-            ) from error
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )
         return list(encoded["input_ids"])
 
     def generate(
@@ -379,9 +377,6 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         plan: str | Plan | None = None,
         request_ids: Seq[str] | None = None,
-        *,
-        priority: int = 0,
-        user: str = "",
     ) -> RequestStream:
         """Have prompts taken in, all of them or none.
 
@@ -392,7 +387,6 @@ class AsyncLLM:
             params: of all of them.
             plan: of all of them; None is the `LLM`'s own.
             request_ids: names, one per prompt; by default numbers.
-            priority, user: what the engine's order may go by.
 
         Raises:
             As `LLM.generate`; EngineError after `close()`.
@@ -412,9 +406,7 @@ class AsyncLLM:
             engine = self._llm.engine
             try:
                 for name, ids in zip(stream.request_ids, tokens, strict=True):
-                    engine.add_request(
-                        ids, its_params, its_plan, name, priority=priority, user=user
-                    )
+                    engine.add_request(ids, its_params, its_plan, name)
                     self._streams[name] = stream
             except BaseException:
                 self._leave(stream)

@@ -29,6 +29,9 @@ Between steps `keep` evicts, `retract` takes back rejected drafts, `fork` shares
 - *stores* (`add_store`, `put`, `stored`, `store_pages`): pages beside the live ones, of any format,
   on the device or in host memory, written once and shared between layers and forks by reference.
 
+A `PrefixTree` outlives sequences: it keeps the full pages that they computed, for those that begin
+with the same tokens.
+
 None of these decides anything: that is for their callers. Writing to a page that is shared with a
 fork copies it first.
 
@@ -41,6 +44,7 @@ from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.layout import CacheLayout, LayerShape
 from tamis.cache.paged import PagedCache
 from tamis.cache.pool import OutOfPages, PageError, PagePool
+from tamis.cache.prefix import Block, PrefixTree
 from tamis.cache.sequence import OutOfSwap, SequenceCache
 from tamis.cache.store import Store
 from tamis.cache.tier import Tier
@@ -48,6 +52,7 @@ from tamis.cache.tier import Tier
 __all__ = [
     "Arena",
     "BatchView",
+    "Block",
     "CacheLayout",
     "Field",
     "LayerShape",
@@ -58,6 +63,7 @@ __all__ = [
     "PagePool",
     "PagedCache",
     "PagedKV",
+    "PrefixTree",
     "SequenceCache",
     "Store",
     "Tier",

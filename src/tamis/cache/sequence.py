@@ -240,6 +240,32 @@ class SequenceCache(LivePages):
             branch._settle()
         return other
 
+    def adopt(self, ids: IntArray, counts: IntArray, n_pages: int) -> None:
+        """Begin, while empty, with full pages that somebody else holds too.
+
+        Args:
+            ids: each row's pages, int32 [rows, >= counts]; they hold tokens up to one position.
+            counts: how many of them each row takes, int32 [rows].
+            n_pages: how many pages of tokens precede the next one, gone from a window or not.
+
+        Raises:
+            PageError: the sequence holds pages already.
+        """
+        self._require_resident()
+        if self.page_counts.any():
+            raise PageError("a sequence that holds pages cannot begin with others")
+        self.tables, self.page_counts = ids.astype(np.int32), counts.astype(np.int32)
+        self.lengths = self.page_counts * np.int32(self.layout.page_size)
+        self.next_position = n_pages * self.layout.page_size
+        self.tier.retain(*self.held())
+        self.note_shared()
+        self._settle()
+
+    def note_shared(self) -> None:
+        """Note that somebody else may have come to hold full pages of any row, so that these are
+        copied before they are written."""
+        self._may_share[:] = True
+
     def swap_out(self) -> None:
         """Copy the device's pages to host memory and free them. Sharing with forks is given up.
 

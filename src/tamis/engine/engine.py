@@ -21,6 +21,7 @@ from tamis.engine.memory import added_at_once, prompt_tokens_held
 from tamis.engine.order import FirstCome, Order
 from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
 from tamis.engine.pace import Full, Pace
+from tamis.engine.prefix import PrefixReuse
 from tamis.engine.program import Program
 from tamis.engine.sampler import Sampled, SamplerState, sample
 from tamis.engine.scheduler import Preemption, Scheduler, Work
@@ -77,6 +78,11 @@ class Engine:
         order: who goes first; by default who came first.
         pace: how many prompt tokens join a step in which other requests decode; by default as many
             as fit.
+        prefix_cache: whether requests begin with the pages that earlier ones computed for the same
+            tokens. These are kept in `kv_bytes` until somebody else needs the room.
+
+    Attributes:
+        prefixes: what is kept for later requests, with counters.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -96,6 +102,7 @@ class Engine:
         host_bytes: int = 0,
         order: Order | None = None,
         pace: Pace | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         for name, value in (
             ("max_batch_tokens", max_batch_tokens),
@@ -123,6 +130,9 @@ class Engine:
                 f"model; the least is {least}, for {page_size} tokens"
             )
         self.shape = _shape(model)
+        # Where keys depend on the length of what they are part of, a prefix is not its own.
+        same = not model.dynamic_rope
+        self.prefixes = PrefixReuse(self.cache, self.shape, enabled=prefix_cache and same)
         self.scheduler = Scheduler(
             self.cache,
             max_batch_tokens,
@@ -132,6 +142,7 @@ class Engine:
             model.shift_keys,
             order or FirstCome(),
             pace or Full(),
+            self.prefixes,
         )
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
@@ -378,11 +389,13 @@ class Engine:
         sequence.n_computed += n
         if sequence.life is not None:
             sequence.life.count_attention(n)
+        self.prefixes.note_computed(sequence)
         tokens = sequence.request.plan.tokens
         if tokens is None or not tokens.steps:  # those that bring tokens back need all of them
             sequence.cache.trim()
         if sequence.life is not None:
             sequence.life.settle(n)
+            self.prefixes.note_settled(sequence)
 
     def _extend(self, outcomes: Seq[tuple[Sequence, torch.Tensor]]) -> list[Increment]:
         """Sample for every sequence whose last token was computed; fork after the prompt."""
@@ -456,6 +469,7 @@ class Engine:
                 self._new_text(request.prompt_ids, request.params),
                 cache=cache,
                 life=None if first.life is None else first.life.fork(cache),
+                prefix=first.prefix,
                 n_computed=first.n_computed,
             )
             forks.append(fork)

@@ -149,6 +149,13 @@ class Lifecycle:
         """Whether anything of a step is noted (`observe`)."""
         return self.plan.needs.in_steps or self.watch is not None or self.trace is not None
 
+    def begin_at(self, n_tokens: int) -> None:
+        """Count the tokens that the cache was given in full pages as settled, with summaries."""
+        self._done = n_tokens
+        for layer, shape in zip(self.layers, self.shape.layers, strict=True):
+            if shape.window is None:
+                layer.summarized = n_tokens // self.cache.layout.page_size
+
     def fork(self, cache: SequenceCache) -> Lifecycle:
         """The same life for a fork of the sequence, with its `cache`."""
         other = object.__new__(Lifecycle)

@@ -3,21 +3,24 @@
 Running sequences that decode come first, one token each, so no long prompt ever stalls them; what
 is left of the token budget goes to chunks of prompts, as much as the pace allows. Who goes first
 is the order's to say. Pages are reserved here, before the step, so the step itself cannot run out
-of memory. When pages are short, the last sequence in order gives its pages up: it is swapped to
-host memory, or forgotten and recomputed later.
+of memory. When pages are short, those go first that are only kept for later requests; then the last
+sequence in order gives its pages up: it is swapped to host memory, or forgotten and recomputed
+later.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from tamis.cache import OutOfPages, OutOfSwap, PagedCache
-from tamis.engine.lifecycle import Lifecycle, ShiftKeys, columns
+from tamis.engine.lifecycle import Lifecycle, ShiftKeys
 from tamis.engine.memory import prompt_bytes
 from tamis.engine.order import Order
 from tamis.engine.pace import Costs, Pace
+from tamis.engine.prefix import PrefixReuse
 from tamis.engine.program import Program
 from tamis.engine.sequence import Sequence, Status
 from tamis.methods.base import Draft
@@ -45,6 +48,7 @@ class Scheduler:
         shift_keys: moves keys to other positions, for plans that do.
         order: who goes first.
         pace: how many prompt tokens join a step in which other sequences decode.
+        prefixes: what sequences may begin with.
 
     Attributes:
         costs: what steps have cost, for the pace; the engine tells it.
@@ -60,8 +64,10 @@ class Scheduler:
         shift_keys: ShiftKeys,
         order: Order,
         pace: Pace,
+        prefixes: PrefixReuse,
     ) -> None:
         self.cache = cache
+        self.prefixes = prefixes
         self.order = order
         self.pace = pace
         self.costs = Costs()
@@ -88,6 +94,7 @@ class Scheduler:
     def add_forks(self, sequences: Iterable[Sequence]) -> None:
         """Take siblings that already hold (shared) pages among the running sequences."""
         for sequence in sequences:
+            self.prefixes.share(sequence)
             self._start(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -96,9 +103,7 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         sequence.status = Status.FINISHED
-        if sequence.cache is not None:
-            sequence.cache.free()
-            sequence.cache = sequence.life = sequence.program = None
+        self._free(sequence)
 
     def restart(self, sequence: Sequence) -> None:
         """Free the pages of a running sequence; its tokens are computed again from the first."""
@@ -137,20 +142,26 @@ class Scheduler:
 
     def _let_in(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
         """Resume swapped sequences and start waiting ones, in order, while there is room for the
-        first of them with its whole prompt."""
-        while budget > 0 and (self.swapped or self.waiting):
-            sequence = min([*self.swapped[:1], *self.waiting[:1]], key=self.order.key)
+        first of them with its whole prompt. Those whose prompts begin with what another is
+        computing are passed over until it is there."""
+        while budget > 0:
+            ready = (s for s in self.waiting if not self.prefixes.awaited(s, self.running))
+            heads = [*self.swapped[:1], *itertools.islice(ready, 1)]
+            if not heads:
+                return
+            sequence = min(heads, key=self.order.key)
+            if sequence.status is Status.WAITING:
+                self.prefixes.begin(sequence)
             while not self._may_start(sequence):
                 last = max(self.running, key=self.order.key)
                 if not self.order.outranks(sequence, last):
+                    if sequence.status is Status.WAITING:
+                        self._free(sequence)
                     return
                 self._preempt(last)
                 budget += batch.pop(last, 0)
             if sequence.status is Status.SWAPPED:
-                assert sequence.cache is not None
-                try:
-                    sequence.cache.swap_in()
-                except OutOfPages:
+                if not self._swapped_in(sequence):
                     return
                 self.swapped.remove(sequence)
             else:
@@ -158,6 +169,18 @@ class Scheduler:
                 self._open(sequence)
             self._start(sequence)
             budget -= self._reserve(sequence, budget, batch, stuck)
+
+    def _swapped_in(self, sequence: Sequence) -> bool:
+        """Bring the pages of a swapped sequence back; False if there is no room."""
+        assert sequence.cache is not None
+        while True:
+            try:
+                sequence.cache.swap_in()
+            except OutOfPages:
+                if not self.prefixes.make_room():
+                    return False
+            else:
+                return True
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether a sequence, with the branches that it will have, can run beside the others."""
@@ -168,7 +191,8 @@ class Scheduler:
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether its pages, all that running prompts still need, and one more page for every
-        head of every running sequence are free; always true when nothing else runs."""
+        head of every running sequence are free or can be given up; always true when nothing else
+        runs."""
         if not self.running:
             return True
         promised = 0
@@ -176,7 +200,10 @@ class Scheduler:
             assert other.cache is not None
             promised += max(0, self._needs(other) - other.cache.bytes)
         headroom = (len(self.running) + 1) * self.cache.layout.bytes_for(1)
-        return self._needs(sequence) + promised + headroom <= self.cache.free_bytes
+        needed = self._needs(sequence)
+        if sequence.status is Status.WAITING:
+            needed -= self.prefixes.spared(sequence)
+        return self.prefixes.has_room(needed + promised + headroom)
 
     def _needs(self, sequence: Sequence) -> int:
         """Bytes that a sequence takes until its prompt is computed, or has and will keep."""
@@ -188,9 +215,12 @@ class Scheduler:
         return prompt_bytes(self.cache, self.shape, plan, sequence.n_prompt, self.max_batch_tokens)
 
     def _open(self, sequence: Sequence) -> None:
-        """Give a sequence an empty cache and, under a plan or a trace, its life and program."""
+        """Count what a sequence begins with and, under a plan or a trace, give it its life and
+        program."""
         plan = sequence.request.plan
-        sequence.cache = self.cache.new_sequence(columns(plan, self.shape))
+        assert sequence.cache is not None
+        self.prefixes.count(sequence)
+        sequence.n_computed = sequence.cache.next_position
         if plan.dense and sequence.request.trace is None:
             return
         sequence.life = Lifecycle(
@@ -201,6 +231,7 @@ class Scheduler:
             self.shift_keys,
             sequence.request.trace,
         )
+        sequence.life.begin_at(sequence.n_computed)
         if plan.tokens is not None:
             passes = plan.tokens.program(sequence.n_prompt, self.shape)
             sequence.program = Program(passes, sequence.life, self.shape.n_layers)
@@ -222,7 +253,7 @@ class Scheduler:
             except OutOfPages:
                 if sequence.draft is not None:
                     sequence.draft, n = None, 1  # a guess is worth nobody's pages
-                elif self._preempt_last(sequence, batch):
+                elif self.prefixes.make_room() or self._preempt_last(sequence, batch):
                     continue
                 elif len(self.running) > 1:
                     return 0
@@ -244,7 +275,7 @@ class Scheduler:
             try:
                 sequence.life.act()
             except OutOfPages:
-                if not self._preempt_last(sequence, batch):
+                if not self.prefixes.make_room() and not self._preempt_last(sequence, batch):
                     return len(self.running) == 1
         return True
 
@@ -285,17 +316,23 @@ class Scheduler:
             except OutOfSwap:
                 pass
             else:
+                self.prefixes.leave(sequence)
                 sequence.status = Status.SWAPPED
                 insort(self.swapped, sequence, key=self.order.key)
                 return
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        assert sequence.cache is not None
-        sequence.cache.free()
-        sequence.cache = sequence.life = sequence.program = sequence.draft = None
+        self._free(sequence)
         sequence.n_computed = 0
         self._enqueue(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Give a sequence's pages back, if it has any, and all that goes with them."""
+        self.prefixes.leave(sequence)
+        if sequence.cache is not None:
+            sequence.cache.free()
+            sequence.cache = sequence.life = sequence.program = sequence.draft = None
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from tamis.cache import SequenceCache
+from tamis.cache import Block, SequenceCache
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.outputs import (
     Completion,
@@ -47,6 +47,7 @@ class Sequence:
         life: its plan at work on them; None for exact attention.
         program: the passes that its tokens go through, where its plan has some.
         draft: tokens proposed for the next step.
+        prefix: the last block of the prefix tree whose pages it shares.
     """
 
     request: Request
@@ -58,6 +59,7 @@ class Sequence:
     life: Lifecycle | None = None
     program: Program | None = None
     draft: DraftTree | None = None
+    prefix: Block | None = None
     n_computed: int = 0
     status: Status = Status.WAITING
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -137,6 +139,7 @@ class Request:
         max_total: prompt and output tokens at which a sequence ends by "length".
         priority: the smaller goes first, where the order asks for it.
         user: whose share of the service it takes, where the order asks for it.
+        cached_tokens: tokens of the prompt that it began with.
     """
 
     id: str
@@ -157,6 +160,7 @@ class Request:
     kv_bytes: int = 0
     kv_bytes_peak: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
 
     @property
     def finished(self) -> bool:
@@ -192,6 +196,7 @@ class Request:
             kv_bytes_peak=self.kv_bytes_peak,
             kv_bytes_dense=kv_bytes_dense,
             preemptions=self.preemptions,
+            cached_tokens=self.cached_tokens,
         )
         completions = [sequence.completion() for sequence in self.sequences]
         scored = self.prompt_logprobs if self.params.prompt_logprobs is not None else None

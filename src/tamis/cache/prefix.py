@@ -1,0 +1,327 @@
+"""What sequences have computed, kept for those that begin with the same tokens: a tree of pages."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tamis.cache.format import Field
+from tamis.cache.paged import PagedCache
+from tamis.cache.pool import IntArray, PageError
+from tamis.cache.sequence import SequenceCache
+
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+
+_TOKEN = np.dtype(np.int32)
+
+
+@dataclass(eq=False)
+class Block:
+    """One page of tokens below the blocks before it, with the pages that hold their KV.
+
+    Attributes:
+        columns: the side columns of the pages of its tree.
+        parent: the block before it, None for a root, which has no tokens and no pages.
+        tokens: its token ids, as bytes of int32.
+        depth: blocks from the first to this one.
+        ids: the page of each row, int32 [rows]; held: which of them it has, bool [rows].
+        children: the blocks that follow it, by their tokens.
+        users: sequences that share it or a block below it; it stays while there are any.
+        hits: how often a sequence asked for it, the one that computed it among them.
+        value: what it is worth to keep, see `PrefixTree`; used: when it was last used.
+    """
+
+    columns: tuple[Field, ...]
+    parent: Block | None
+    tokens: bytes
+    depth: int
+    ids: IntArray
+    held: BoolArray
+    children: dict[bytes, Block] = field(default_factory=dict)
+    users: int = 0
+    hits: int = 0
+    value: float = 0.0
+    used: int = 0
+
+    def path(self) -> Iterator[Block]:
+        """This block and those before it, the root left out."""
+        block = self
+        while block.parent is not None:
+            yield block
+            block = block.parent
+
+
+class PrefixTree:
+    """A tree over full pages for every set of side columns. Only this class gives its pages up.
+
+    A block is found by its token ids below its parent, which are compared themselves. It holds one
+    reference of the page of every row, beside those of the sequences that share the page. Pages of
+    rows with a window may be missing: a prefix can be used if those are there that the next query
+    sees (`SequenceCache.trim` says which).
+
+    Blocks that nobody uses are given up from the leaves on, by GreedyDual-Size-Frequency
+    (Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy",
+    HP Labs 1998): a block is worth `clock + hits * tokens / bytes`, the tokens that would have to
+    be computed again per byte it holds, as often as they were asked for. The least worth goes
+    first, and the clock moves on to its worth, so that what is no longer asked for ages. Among
+    equals the least recently used goes first.
+
+    Attributes:
+        bytes: of the pages held; no two blocks hold the same page.
+        used_bytes: of the blocks that sequences use.
+    """
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.bytes = 0
+        self.used_bytes = 0
+        self._cache = cache
+        self._page_size = cache.layout.page_size
+        self._windows = cache.layout.windows
+        self._window_rows = cache.layout.window_rows
+        self._roots: dict[tuple[Field, ...], Block] = {}
+        self._row_bytes: dict[tuple[Field, ...], np.ndarray[Any, np.dtype[np.int64]]] = {}
+        self._clock = 0.0
+        self._ticks = itertools.count(1)
+        self._heap: list[tuple[float, int, int, Block]] = []  # with entries that hold no longer
+        self._n_blocks = 0
+        self._with_windows: dict[Block, None] = {}  # blocks with pages of rows with windows
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of the blocks that no sequence uses: `evict` frees them but for the pages that
+        something outside the tree still shares."""
+        return self.bytes - self.used_bytes
+
+    def match(
+        self, tokens: Sequence[int], n_most: int, columns: tuple[Field, ...] = ()
+    ) -> Block | None:
+        """The last block of the longest prefix that a sequence can begin with; nothing is changed.
+
+        Args:
+            tokens: the sequence's.
+            n_most: the most tokens to find; whole pages of them are found.
+            columns: of its pages.
+
+        Returns:
+            None where there is none.
+        """
+        block = self._roots.get(columns)
+        if block is None:
+            return None
+        data = _as_bytes(tokens[:n_most])
+        found: Block | None = None
+        missing = np.full(self._windows.size, -1, dtype=np.int32)  # each row's last missing page
+        for depth in range(n_most // self._page_size):
+            child = block.children.get(self._key(data, depth))
+            if child is None:
+                break
+            block = child
+            if missing.size:
+                missing[~block.held[self._window_rows]] = depth
+            if (missing < self._first_pages(block.depth)).all():
+                found = block
+        return found
+
+    def begin(self, block: Block) -> SequenceCache:
+        """A new sequence that shares the pages of a prefix (see `match`), and uses it
+        until `leave`."""
+        sequence = self._cache.new_sequence(block.columns)
+        first = np.zeros(block.ids.size, dtype=np.int32)
+        first[self._window_rows] = self._first_pages(block.depth)
+        path = list(block.path())[::-1]
+        ids = np.stack([one.ids for one in path], axis=1)
+        column = np.minimum(np.arange(len(path)) + first[:, None], len(path) - 1)
+        sequence.adopt(np.take_along_axis(ids, column, axis=1), len(path) - first, len(path))
+        self.use(block)
+        return sequence
+
+    def count_hit(self, block: Block) -> None:
+        """Count that a prefix was asked for and spared its computation."""
+        for one in block.path():
+            one.hits += 1
+
+    def use(self, block: Block) -> None:
+        """Keep a block and those before it until `leave`."""
+        for one in block.path():
+            one.users += 1
+            if one.users == 1:
+                self.used_bytes += self._bytes(one)
+
+    def leave(self, block: Block) -> None:
+        """Take back one `use` of a block."""
+        for one in block.path():
+            one.users -= 1
+            if one.users == 0:
+                self.used_bytes -= self._bytes(one)
+                self._value(one)
+                self._offer(one)
+
+    def extend(
+        self, block: Block | None, tokens: Sequence[int], sequence: SequenceCache
+    ) -> Block | None:
+        """Take in the full pages of a sequence, from which nothing was evicted.
+
+        Args:
+            block: the last block that it uses; None if it uses none.
+            tokens: the sequence's, at least as many as it has cached.
+            sequence: it goes on to share what it hands in; whoever writes to it copies first.
+
+        Returns:
+            The last block of its tokens, which it now uses in place of `block`; None if it has not
+            filled a page.
+
+        Raises:
+            PageError: a row lacks more than what fell out of its window.
+        """
+        size, columns = self._page_size, sequence.layout.columns
+        n_full = sequence.next_position // size
+        at = block or self._root(columns)
+        if at.depth >= n_full:
+            return block
+        gone, odd = np.divmod(sequence.next_position - sequence.lengths, size)
+        unwindowed = np.delete(gone, self._window_rows)
+        if odd.any() or unwindowed.any():
+            raise PageError("a sequence from which tokens were evicted cannot extend a prefix")
+        data = _as_bytes(tokens[at.depth * size : n_full * size])
+        begin = at.depth
+        for depth in range(begin, n_full):
+            key = self._key(data, depth - begin)
+            present = gone <= depth
+            ids = np.where(
+                present,
+                np.take_along_axis(
+                    sequence.tables, np.maximum(depth - gone, 0)[:, None].astype(np.int64), axis=1
+                )[:, 0],
+                0,
+            )
+            child = at.children.get(key)
+            if child is None:
+                nothing = np.zeros(ids.size, dtype=np.bool_)
+                child = Block(columns, at, key, depth + 1, np.zeros_like(ids), nothing, hits=1)
+                at.children[key] = child
+                self._n_blocks += 1
+            child.users += 1
+            if child.users == 1:
+                self.used_bytes += self._bytes(child)
+            self._hold(child, ids, present & ~child.held)
+            at = child
+        sequence.note_shared()
+        return at
+
+    def evict(self, n: int = 1) -> int:
+        """Give up to `n` blocks up that nobody uses; how many."""
+        given = 0
+        while given < n and self._heap:
+            value, used, _, block = heapq.heappop(self._heap)
+            parent = block.parent
+            if parent is None or not _idle(block, used):
+                continue
+            self._clock = max(self._clock, value)
+            self._drop(block, block.held.copy())
+            del parent.children[block.tokens]
+            block.parent = None
+            self._n_blocks -= 1
+            self._offer(parent)
+            given += 1
+        return given
+
+    def evict_windows(self) -> bool:
+        """Give up the pages of rows with windows that only the tree holds, of all blocks: what a
+        running sequence would have freed without it. Whether there were any."""
+        before = self.bytes
+        tier = self._cache.device_tier
+        for block in list(self._with_windows):
+            row_pools = self._cache.rows_with(block.columns)[1]
+            mine = np.zeros(block.held.size, dtype=np.bool_)
+            rows = self._window_rows[block.held[self._window_rows]]
+            mine[rows] = ~tier.shared(block.ids[rows], row_pools[rows])
+            self._drop(block, mine)
+        return self.bytes < before
+
+    def clear(self) -> None:
+        """Give up everything that nobody uses."""
+        while self.evict(64):
+            pass
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    def _root(self, columns: tuple[Field, ...]) -> Block:
+        if columns not in self._roots:
+            layout, _ = self._cache.rows_with(columns)
+            self._row_bytes[columns] = np.array([f.page_bytes for f in layout.formats])[
+                layout.row_formats
+            ]
+            nothing = np.zeros(layout.n_rows, dtype=np.int32)
+            self._roots[columns] = Block(columns, None, b"", 0, nothing, nothing.astype(np.bool_))
+        return self._roots[columns]
+
+    def _key(self, data: bytes, page: int) -> bytes:
+        """The tokens of one page, of tokens as bytes."""
+        width = self._page_size * _TOKEN.itemsize
+        return data[page * width : (page + 1) * width]
+
+    def _first_pages(self, depth: int) -> IntArray:
+        """The first page that the query after so many blocks sees, of each row with a window."""
+        first: IntArray = np.maximum(depth * self._page_size - self._windows + 1, 0)
+        return first // self._page_size
+
+    def _bytes(self, block: Block) -> int:
+        return int(self._row_bytes[block.columns][block.held].sum())
+
+    def _hold(self, block: Block, ids: IntArray, rows: BoolArray) -> None:
+        """Take a reference of the pages of some more rows."""
+        if not rows.any():
+            return
+        before = self._bytes(block)
+        self._cache.device_tier.retain(ids[rows], self._cache.rows_with(block.columns)[1][rows])
+        block.ids[rows] = ids[rows]
+        block.held |= rows
+        self._count(block, self._bytes(block) - before)
+
+    def _drop(self, block: Block, rows: BoolArray) -> None:
+        """Give back the pages of some rows."""
+        before = self._bytes(block)
+        self._cache.device_tier.release(
+            block.ids[rows], self._cache.rows_with(block.columns)[1][rows]
+        )
+        block.held &= ~rows
+        self._count(block, self._bytes(block) - before)
+
+    def _count(self, block: Block, change: int) -> None:
+        self.bytes += change
+        if block.users:
+            self.used_bytes += change
+        if self._window_rows.size and block.held[self._window_rows].any():
+            self._with_windows[block] = None
+        else:
+            self._with_windows.pop(block, None)
+
+    def _value(self, block: Block) -> None:
+        """Work out what a block is worth that was used until now."""
+        n_bytes = self._bytes(block)
+        block.value = self._clock + block.hits * self._page_size / n_bytes if n_bytes else 0.0
+        block.used = next(self._ticks)
+
+    def _offer(self, block: Block) -> None:
+        """Make a block one that can be given up, if it is."""
+        if not _idle(block, block.used):
+            return
+        if len(self._heap) > 2 * self._n_blocks:
+            self._heap = [entry for entry in self._heap if _idle(entry[3], entry[1])]
+            heapq.heapify(self._heap)
+        heapq.heappush(self._heap, (block.value, block.used, next(self._ticks), block))
+
+
+def _idle(block: Block, used: int) -> bool:
+    """Whether a block can be given up, and was last used then."""
+    free = block.parent is not None and not block.users and not block.children
+    return free and block.used == used
+
+
+def _as_bytes(tokens: Sequence[int]) -> bytes:
+    return np.array(tokens, dtype=_TOKEN).tobytes()
