@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -170,14 +171,20 @@ class LLM:
             messages: `{"role": ..., "content": ...}` each.
 
         Raises:
-            RequestError: the tokenizer is missing or has no chat template.
+            RequestError: the tokenizer is missing or has no chat template, or that refuses the
+            conversation.
         """
         tokenizer = self.model.tokenizer
         if tokenizer is None or not self.has_chat_template:
             raise RequestError("this model has no chat template; give the prompt as plain text")
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise RequestError(
+                f"the model's chat template refuses this conversation: {error}"
+            ) from error
         return list(encoded["input_ids"])
 
     def generate(
@@ -377,6 +384,9 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         plan: str | Plan | None = None,
         request_ids: Seq[str] | None = None,
+        *,
+        priority: int = 0,
+        user: str = "",
     ) -> RequestStream:
         """Have prompts taken in, all of them or none.
 
@@ -387,6 +397,7 @@ class AsyncLLM:
             params: of all of them.
             plan: of all of them; None is the `LLM`'s own.
             request_ids: names, one per prompt; by default numbers.
+            priority, user: what the engine's order may go by.
 
         Raises:
             As `LLM.generate`; EngineError after `close()`.
@@ -406,7 +417,9 @@ class AsyncLLM:
             engine = self._llm.engine
             try:
                 for name, ids in zip(stream.request_ids, tokens, strict=True):
-                    engine.add_request(ids, its_params, its_plan, name)
+                    engine.add_request(
+                        ids, its_params, its_plan, name, priority=priority, user=user
+                    )
                     self._streams[name] = stream
             except BaseException:
                 self._leave(stream)
