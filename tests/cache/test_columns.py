@@ -311,7 +311,7 @@ class TestReadAndWrite:
         sequence = grown(make_cache(), 6)
         with pytest.raises(ValueError, match=r"code must be \[2, 6, 3\], got \[2, 5, 3\]"):
             sequence.set_column(0, "code", codes(5))
-        with pytest.raises(ValueError, match=r"score must be \[2, 6, 1\], got \[1, 6, 1\]"):
+        with pytest.raises(ValueError, match=r"score must be \[2, 6\], got \[1, 6\]"):
             sequence.accumulate(0, "score", torch.zeros(1, 6))
 
 

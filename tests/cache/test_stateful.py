@@ -160,6 +160,19 @@ class CacheMachine(RuleBasedStateMachine):
             row[:] = [row[i] for i in head]
 
     @precondition(lambda self: self.resident())
+    @rule(data=st.data(), n=st.integers(1, 3))
+    def take_out(self, data: st.DataObject, n: int) -> None:
+        sequence, model = self.draw(data)
+        rows = model.rows[self.layout.rows(0)]
+        for _ in range(n):
+            gone = np.array([data.draw(st.integers(-1, len(row) - 1)) for row in rows])
+            if not self.unless_out_of_pages(lambda gone=gone: sequence.take_out(0, gone)):
+                return
+            for row, i in zip(rows, gone.tolist(), strict=True):
+                if i >= 0:
+                    del row[i]
+
+    @precondition(lambda self: self.resident())
     @rule(data=st.data())
     def retract(self, data: st.DataObject) -> None:
         sequence, model = self.draw(data)
@@ -207,7 +220,9 @@ class CacheMachine(RuleBasedStateMachine):
         rows = model.rows[self.layout.rows(layer)]
         new = torch.arange(len(rows) * max(map(len, rows))).view(len(rows), -1) + self.serial
         self.serial += 1
-        if add:
+        if add:  # by where tokens lie, which is where they belong after a look at the pages
+            if not self.unless_out_of_pages(lambda: sequence.pages(layer)):
+                return
             change = lambda: sequence.accumulate(layer, "score", new.float())  # noqa: E731
         else:
             change = lambda: sequence.set_column(layer, "score", new[..., None])  # noqa: E731

@@ -153,7 +153,8 @@ class PagedKV:
         tables: page ids, int32 [n, kv_heads, max_pages]; the last dimension is contiguous, the
             others may be strided. Entries past a head's last page are unspecified.
         lengths: cached tokens per head, int32 [n, kv_heads]. Token `i` of a head is row
-            `i % page_size` of its page `i // page_size`; positions ascend with `i`.
+            `i % page_size` of its page `i // page_size`; positions ascend with `i` wherever a
+            window is asked for.
     """
 
     data: torch.Tensor

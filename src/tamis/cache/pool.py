@@ -180,11 +180,16 @@ class PagePool:
         """Set rows first[i] and later of page ids[i] to zero, in those of the fields that have a
         row per token."""
         counts = self.format.page_size - first
-        index = self._index(np.repeat(ids, counts))
-        rows = self._index(np.repeat(first, counts) + ragged_arange(counts))
+        rows = np.repeat(first, counts) + ragged_arange(counts)
+        self.clear_rows(np.repeat(ids, counts), rows, names)
+
+    def clear_rows(self, ids: IntArray, rows: IntArray, names: Iterable[str]) -> None:
+        """Set row rows[i] of page ids[i] to zero, in those of the fields that have a row per
+        token."""
+        index, within = self._index(ids), self._index(rows)
         for name in names:
             if self.format.field(name).rows is None:
-                self._rows[name][index, rows] = 0
+                self._rows[name][index, within] = 0
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages, byte for byte, to other pages."""
@@ -206,7 +211,11 @@ class PagePool:
             )
 
     def move_tokens(
-        self, source: tuple[IntArray, IntArray], target: tuple[IntArray, IntArray]
+        self,
+        source: tuple[IntArray, IntArray],
+        target: tuple[IntArray, IntArray],
+        *,
+        at_once: bool = False,
     ) -> None:
         """Copy tokens with all their fields between pages; fields of whole pages stay.
 
@@ -216,9 +225,11 @@ class PagePool:
         Args:
             source: page ids and rows within the page, int32 [n] each.
             target: the same, for where they go.
+            at_once: whether all are read before any is written, so that tokens may change places;
+                it takes memory for a copy of them.
         """
         n = source[0].size
-        for piece in _pieces(n, _PIECE_TOKENS):
+        for piece in _pieces(n, n if at_once else _PIECE_TOKENS):
             source_page, source_row = (self._index(array[piece]) for array in source)
             target_page, target_row = (self._index(array[piece]) for array in target)
             for field in self.format.fields:

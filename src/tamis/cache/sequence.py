@@ -195,9 +195,52 @@ class SequenceCache(LivePages):
             ValueError: indices that do not ascend or lie outside; nothing was changed.
         """
         rows = self._rows_of(layer)
+        self._put_in_order(rows)
         return self._compact(
             rows, plan_compaction(self.lengths[rows], indices, self.layout.page_size)
         )
+
+    def take_out(self, layers: int | range, tokens: IntArray) -> None:
+        """Let at most one token of each head go, and give its place to the token that lies last.
+
+        Nothing else moves, which makes this the cheapest eviction; the tokens are numbered as
+        before. A page that a head empties by it is kept for its next token.
+
+        Args:
+            layers: whose heads; without a window, in which tokens must lie in order.
+            tokens: the token of each head that goes, -1 for none, integers [kv_heads].
+
+        Raises:
+            OutOfPages: the copies of shared pages do not fit; nothing was changed.
+            ValueError: no such tokens, or a window; nothing was changed.
+        """
+        rows, size = self._rows_of(layers), self.layout.page_size
+        lengths = self.lengths[rows]
+        if np.isin(np.arange(rows.start, rows.stop), self.layout.window_rows).any():
+            raise ValueError(
+                f"single tokens taken out of layers {layers}, one of which has a window"
+            )
+        if tokens.shape != lengths.shape or ((tokens < -1) | (tokens >= lengths)).any():
+            raise ValueError(
+                f"the tokens to take out must be -1 .. length - 1 for heads of {lengths.tolist()} "
+                f"tokens, got {tokens.tolist()}"
+            )
+        head = np.flatnonzero(tokens >= 0)
+        row, last = (head + rows.start).astype(np.int32), lengths[head] - 1
+        slot = self._order.slots(rows, int(lengths.max()))[head, tokens[head]]
+        self._own_each(np.concatenate([row, row]), np.concatenate([slot, last]) // size)
+        self._order.take_out(row, tokens[head], lengths[head])
+        source = (self.tables[row, last // size], last % size)
+        target = (self.tables[row, slot // size], slot % size)
+        self.tier.move_tokens(source, target, self.row_pools[row])
+        if self._column_names:
+            self.tier.clear_rows(*source, self.row_pools[row], self._column_names)
+            begun = last % size == 0
+            self.tier.clear(source[0][begun], self.row_pools[row[begun]], self._column_names)
+        self.lengths[row] = last
+        row = row[self.page_counts[row] > last // size + 1]
+        self._free_pages(row, self.lengths[row] // size + 1)
+        self._settle()
 
     def retract(self, n: int, kept: Sequence[int]) -> IntArray:
         """Of the last `n` tokens of every row, keep some and free the pages of the others.
@@ -219,8 +262,11 @@ class SequenceCache(LivePages):
             ValueError: a row holds fewer tokens, or the offsets do not ascend or lie outside.
         """
         self._require_resident()
+        rows = self._span(None)
         plan = plan_retraction(self.lengths, n, kept, self.layout.page_size)
-        changed = self._compact(self._span(None), plan)
+        if n and not self._order.ends_in_order(self.lengths, n):
+            self._put_in_order(rows)
+        changed = self._compact(rows, plan)
         self.next_position -= n - len(kept)
         return changed
 
@@ -233,6 +279,7 @@ class SequenceCache(LivePages):
         other = SequenceCache(self.cache, self.layout.columns)
         self.share_into(other, self._used())
         other.next_position = self.next_position
+        other._order = self._order.copy()
         other.stores = {name: store.fork() for name, store in self.stores.items()}
         for branch in (self, other):
             branch._check_tails[:] = True
@@ -455,6 +502,7 @@ class SequenceCache(LivePages):
         rows, drop = rows[drop > 0], drop[drop > 0].astype(np.int32)
         if not rows.size:
             return
+        self._put_in_order(rows)
         width = int(self.page_counts[rows].max())
         old = self.tables[rows, :width]
         columns = np.arange(width, dtype=np.int32)
@@ -483,15 +531,21 @@ class SequenceCache(LivePages):
             (self.tables[row, plan.target // page_size], plan.target % page_size),
             self.row_pools[row],
         )
-        surplus = self.page_counts[rows] - pages_kept
-        surplus_row = np.repeat(index, surplus)
-        surplus_page = np.repeat(pages_kept, surplus) + ragged_arange(surplus)
-        self.tier.release(self.tables[surplus_row, surplus_page], self.row_pools[surplus_row])
-        self.page_counts[rows] = pages_kept
+        self._free_pages(index, pages_kept)
         self.lengths[rows] = plan.lengths
         self._check_tails[rows] = True
         self._settle()
         return plan.first_changed
+
+    def _free_pages(self, rows: IntArray, kept: IntArray) -> None:
+        """Free all but the first kept[i] pages of rows[i]."""
+        surplus = self.page_counts[rows] - kept
+        if not surplus.any():
+            return
+        row = np.repeat(rows, surplus)
+        page = np.repeat(kept, surplus) + ragged_arange(surplus)
+        self.tier.release(self.tables[row, page], self.row_pools[row])
+        self.page_counts[rows] = kept
 
     def _settle(self) -> None:
         """Work out the numbers that spare most steps a look at the tables."""

@@ -106,12 +106,19 @@ class Tier:
             pool.copy(source[of_pool], target[of_pool])
 
     def move_tokens(
-        self, source: tuple[IntArray, IntArray], target: tuple[IntArray, IntArray], pools: IntArray
+        self,
+        source: tuple[IntArray, IntArray],
+        target: tuple[IntArray, IntArray],
+        pools: IntArray,
+        *,
+        at_once: bool = False,
     ) -> None:
         """Copy tokens, given by page ids and rows within the page; see PagePool.move_tokens."""
         for _, pool, of_pool in self._split(pools):
             pool.move_tokens(
-                (source[0][of_pool], source[1][of_pool]), (target[0][of_pool], target[1][of_pool])
+                (source[0][of_pool], source[1][of_pool]),
+                (target[0][of_pool], target[1][of_pool]),
+                at_once=at_once,
             )
 
     def clear(self, ids: IntArray, pools: IntArray, names: Iterable[str]) -> None:
@@ -125,6 +132,13 @@ class Tier:
         """Set the rows from first[i] on to zero; see PagePool.clear_from."""
         for _, pool, of_pool in self._split(pools):
             pool.clear_from(ids[of_pool], first[of_pool], names)
+
+    def clear_rows(
+        self, ids: IntArray, rows: IntArray, pools: IntArray, names: Iterable[str]
+    ) -> None:
+        """Set row rows[i] of page ids[i] to zero; see PagePool.clear_rows."""
+        for _, pool, of_pool in self._split(pools):
+            pool.clear_rows(ids[of_pool], rows[of_pool], names)
 
     def read(self, ids: IntArray, pools: IntArray) -> dict[int, torch.Tensor]:
         """A copy of whole pages in host memory: opaque words per pool, in the order of `ids`."""

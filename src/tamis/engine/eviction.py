@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tamis.engine import rest
+from tamis.engine import positions, rest
 from tamis.engine.views import CachedLayer
 from tamis.methods.base import Evict, resolve
 
 if TYPE_CHECKING:
     from tamis.engine.lifecycle import Lifecycle, Owed
-
-SHIFT = "shift"
-"""The side column of how far a token's key was rotated beyond its own position."""
 
 
 def act(life: Lifecycle, owed: Owed) -> None:
@@ -37,16 +34,20 @@ def act(life: Lifecycle, owed: Owed) -> None:
         owed.evicted = n_layers
         return
     life.cache.unshare()
-    views = [CachedLayer(life, layer) for layer in range(n_layers)]
-    scores: list[Tensor | None] = [None] * len(views)
-    shares = plan.budget if life.generating and life.budgets is None else None
-    if evict is not None and shares is not None:
-        given = [evict.scores(view) for view in views]
-        life.budgets = shares.allocate(_uniform(life, evict), views, given)
-        scores = [*given]
-    for layer in range(owed.evicted, n_layers):
-        _evict_layer(life, views[layer], evict, scores[layer], stream)
-        owed.evicted = layer + 1
+    if evict is not None and plan.budget is not None and life.generating and life.budgets is None:
+        views = [CachedLayer(life, layer) for layer in range(n_layers)]
+        scores = [evict.scores(view) for view in views]
+        life.budgets = plan.budget.allocate(_uniform(life, evict), views, scores)
+    together = evict is not None and evict.by_head and plan.merge is None and not stream
+    runs = life.runs if together else [range(layer, layer + 1) for layer in range(n_layers)]
+    for run in runs:
+        layers = range(max(run.start, owed.evicted), run.stop)
+        if layers:
+            _evict(life, CachedLayer(life, layers.start, len(layers)), evict, stream)
+            owed.evicted = layers.stop
+    if evict is not None and evict.in_cache_positions:
+        for run in life.runs:
+            positions.renumber(life, run)
 
 
 def _due(life: Lifecycle, evict: Evict, owed: Owed) -> bool:
@@ -79,62 +80,69 @@ def _uniform(life: Lifecycle, evict: Evict) -> Tensor:
     return torch.where(columns < heads[:, None], budget, 0)
 
 
-def _evict_layer(
-    life: Lifecycle, view: CachedLayer, evict: Evict | None, scores: Tensor | None, stream: bool
-) -> None:
-    """Decide and carry out one layer's eviction."""
-    layer, plan = view.layer, life.plan
-    kept = view.cached
+def _allotted(life: Lifecycle, evict: Evict, layers: range) -> Tensor:
+    """Tokens that each head of layers of one shape may keep, int64 [layers * kv_heads]."""
+    shape = life.shape.layers[layers.start]
+    if life.budgets is None:
+        budget = resolve(evict.budget, life.prompt_tokens)
+        return torch.full((len(layers) * shape.kv_heads,), budget, device=life.device)
+    return life.budgets[layers.start : layers.stop, : shape.kv_heads].flatten()
+
+
+def _evict(life: Lifecycle, view: CachedLayer, evict: Evict | None, stream: bool) -> None:
+    """Decide and carry out the eviction of one layer, or of several of one shape that are put to
+    the method together."""
+    layers, plan = view.layers, life.plan
+    kept, scores = view.cached, None
     if evict is not None:
-        allotted = life.budgets if life.budgets is not None else _uniform(life, evict)
-        budget = allotted[layer, : len(view.lengths)]
-        window = life.shape.layers[layer].window
+        budget = _allotted(life, evict, layers)
+        window = life.shape.layers[layers.start].window
         within = view.lengths if window is None else view.lengths.clamp(max=window)
         if bool((within > budget).any()):  # what lies behind a window goes by itself
-            scores = evict.scores(view) if scores is None else scores
+            scores = evict.scores(view)
             kept = evict.keep(view, scores, budget) & view.cached
-    if stream and life.streaming is not None and plan.heads is not None:
-        sinks, recent = plan.heads.span(life.prompt_tokens)
-        at = torch.arange(kept.shape[1], device=kept.device)
-        spanned = (at < sinks) | (at >= view.lengths[:, None] - recent)
-        streaming = life.streaming[layer].to(kept.device)[:, None]
-        kept = torch.where(streaming, spanned & view.cached, kept)
-        if plan.heads.compensate:
-            rest.note(life, view, view.cached & ~kept & streaming)
-    if bool((kept == view.cached).all()):
+    if stream:
+        kept = _streamed(life, view, kept)
+    gone = view.cached & ~kept
+    counts = gone.sum(1)
+    if not bool(counts.any()):
         return
     merged = None
     if plan.merge is not None and scores is not None:
         merged = plan.merge.merge(view, scores, kept)
-    cache = life.cache
-    cache.keep(layer, [head.nonzero()[:, 0].cpu().numpy() for head in kept])
-    life.layers[layer].summarized = 0
+    if int(counts.max()) == 1 and _goes_by_content(life, layers):
+        leaving = torch.where(counts > 0, gone.int().argmax(1), -1)
+        life.cache.take_out(layers, leaving.cpu().numpy())
+    else:
+        for layer, of_layer in zip(layers, kept.chunk(len(layers)), strict=True):
+            life.cache.keep(layer, [head.nonzero()[:, 0].cpu().numpy() for head in of_layer])
+    for layer in layers:
+        life.layers[layer].summarized = 0
     if merged is not None:
         k, v = ([part[mask] for part, mask in zip(values, kept, strict=True)] for values in merged)
-        lengths = cache.lengths[cache.layout.rows(layer)].tolist()
-        cache.write(layer, [torch.arange(n).numpy() for n in lengths], k, v)
-    if evict is not None and evict.in_cache_positions:
-        _reposition(life, layer)
+        lengths = life.cache.lengths_of(layers).tolist()
+        life.cache.write(layers, [torch.arange(n).numpy() for n in lengths], k, v)
 
 
-def _reposition(life: Lifecycle, layer: int) -> None:
-    """Rotate keys so that a head's tokens attend as if they lay at consecutive positions that end
-    at the newest token's (StreamingLLM, section 3.2). The newest ones need not be touched: only
-    distances count."""
-    view = CachedLayer(life, layer)
-    shift = life.cache.column(layer, SHIFT)[..., 0].long()
-    newest = life.cache.next_position - 1
-    at = torch.arange(shift.shape[1], device=shift.device)
-    wanted = newest - view.lengths[:, None] + 1 + at - view.positions
-    wanted = wanted.masked_fill(~view.cached, 0)
-    moved = wanted != shift
-    if not bool(moved.any()):
-        return
-    k, _ = view.keys_values()
-    indices = [head.nonzero()[:, 0] for head in moved]
-    keys = [
-        life.shift_keys(layer, k[head, at], (wanted - shift)[head, at])
-        for head, at in enumerate(indices)
-    ]
-    life.cache.write(layer, [at.cpu().numpy() for at in indices], keys)
-    life.cache.set_column(layer, SHIFT, wanted[..., None])
+def _goes_by_content(life: Lifecycle, layers: range) -> bool:
+    """Whether it does not matter in which order the tokens of some layers lie: attention finds
+    those of a window by it, selections and passes name tokens by where they lie."""
+    plan = life.plan
+    windowed = life.shape.layers[layers.start].window is not None
+    return life.generating and not windowed and plan.select is None and plan.tokens is None
+
+
+def _streamed(life: Lifecycle, view: CachedLayer, kept: Tensor) -> Tensor:
+    """Which tokens of a layer stay once its streaming heads, too, have kept their span of the
+    `kept` ones, bool [kv_heads, tokens]."""
+    heads = life.plan.heads
+    assert heads is not None
+    assert life.streaming is not None
+    sinks, recent = heads.span(life.prompt_tokens)
+    at = torch.arange(kept.shape[1], device=kept.device)
+    spanned = (at < sinks) | (at >= view.lengths[:, None] - recent)
+    streaming = life.streaming[view.layer].to(kept.device)[:, None]
+    kept = torch.where(streaming, spanned & view.cached, kept)
+    if heads.compensate:
+        rest.note(life, view, view.cached & ~kept & streaming)
+    return kept

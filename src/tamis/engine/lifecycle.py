@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +23,8 @@ from tamis.plan import Plan
 
 T = TypeVar("T")
 
-ShiftKeys = Callable[[int, Tensor, Tensor], Tensor]
-"""Keys [tokens, k_dim] of a layer moved by so many positions [tokens]: `Model.shift_keys`."""
+ShiftKeys = Callable[[range, Tensor, Tensor], Tensor]
+"""Keys [layers, tokens, k_dim] moved by so many positions [layers, tokens]: `Model.shift_keys`."""
 
 
 @dataclass
@@ -36,6 +37,8 @@ class LayerLife:
         options: how the layer attends, known from its first step on.
         queries: the last queries, [m, q_heads, k_dim].
         sums: attention that the last step's queries paid, [kv_heads, tokens], not yet counted.
+        asked: a step's only query [1, q_heads, k_dim], its log-sum-exps and position, of which the
+            attention has not been counted.
         values: sum of all values, fp32 [kv_heads, v_dim], and their number.
         similarity: sum of cosine similarities over tokens, and their number.
         dropped: sums of the keys and values that streaming heads dropped, and their number, fp32
@@ -49,6 +52,7 @@ class LayerLife:
     options: LayerOptions | None = None
     queries: Tensor | None = None
     sums: Tensor | None = None
+    asked: tuple[Tensor, Tensor, Tensor] | None = None
     values: tuple[Tensor | None, int] = (None, 0)
     similarity: tuple[float, int] = (0.0, 0)
     dropped: tuple[Tensor, Tensor, Tensor] | None = None
@@ -79,11 +83,15 @@ class Lifecycle:
         cache: the sequence's pages.
         prompt_tokens: tokens of the prompt; what follows was generated.
         layers: one per layer.
+        runs: consecutive layers of one shape, which are looked at together where that will do.
         query_positions: positions of the queries that are kept, the same in every layer.
         streaming: per layer the heads that keep first and recent tokens only, bool [kv_heads];
             None in plans without such heads.
         owed: what the last step asked for and found no pages for, to be done before the next one
             (`act`); None when nothing is.
+        originals: by the first layer of a run, the positions [heads, m], padded with the largest
+            integer, and keys [heads, m, k_dim] of its tokens that attend from elsewhere than where
+            they were computed, as they were then.
         budgets: tokens per head that the plan's budget method has settled, int64 [layers, heads].
         position_shift: by how much tokens' positions lie below their numbers, once a program of
             passes has given the prompt new ones.
@@ -113,8 +121,10 @@ class Lifecycle:
         self.cache = cache
         self.prompt_tokens = prompt_tokens
         self.layers = [LayerLife() for _ in shape.layers]
+        self.runs = _runs(shape)
         self.query_positions: list[int] = []
         self.streaming = plan.heads.streaming(shape) if plan.heads is not None else None
+        self.originals: dict[int, tuple[Tensor, Tensor]] = {}
         self.budgets: Tensor | None = None
         self.position_shift = 0
         self.aside = Aside(shape.n_layers)
@@ -144,17 +154,17 @@ class Lifecycle:
         selects = self.generating and self.plan.select is not None
         return not selects and self.sees is None and not stores.held(self)
 
-    @property
-    def listens(self) -> bool:
-        """Whether anything of a step is noted (`observe`)."""
-        return self.plan.needs.in_steps or self.watch is not None or self.trace is not None
-
     def begin_at(self, n_tokens: int) -> None:
         """Count the tokens that the cache was given in full pages as settled, with summaries."""
         self._done = n_tokens
         for layer, shape in zip(self.layers, self.shape.layers, strict=True):
             if shape.window is None:
                 layer.summarized = n_tokens // self.cache.layout.page_size
+
+    @property
+    def listens(self) -> bool:
+        """Whether anything of a step is noted (`observe`)."""
+        return self.plan.needs.in_steps or self.watch is not None or self.trace is not None
 
     def fork(self, cache: SequenceCache) -> Lifecycle:
         """The same life for a fork of the sequence, with its `cache`."""
@@ -163,6 +173,7 @@ class Lifecycle:
         other.cache = cache
         other.layers = [replace(layer, state=dict(layer.state)) for layer in self.layers]
         other.query_positions = list(self.query_positions)
+        other.originals = dict(self.originals)
         other.aside = self.aside.fork()
         other.owed = None if self.owed is None else replace(self.owed)
         other.trace = None
@@ -203,7 +214,10 @@ class Lifecycle:
                 self.query_positions += positions.tolist()
                 del self.query_positions[: -needs.queries]
         if needs.attention and (goes_on or not self.generating):
-            mine.sums = self._attention_paid(mine.options, q, lse, pages, positions)
+            if len(q) == 1:  # all layers' at once, when the step is over
+                mine.asked = (q.clone(), lse.clone(), positions)
+            else:
+                mine.sums = self._attention_paid(mine.options, q, lse, pages, positions)
         if self.watch is not None and self.watch[0] == layer:
             before = mine.watched or (q[:0], positions[:0])
             queries, at = torch.cat([before[0], q]), torch.cat([before[1], positions])
@@ -221,18 +235,18 @@ class Lifecycle:
         pages: PagedKV,
         positions: Tensor,
     ) -> Tensor:
-        """What the step's queries paid to each cached token, fp32 [kv_heads, tokens]."""
+        """What a chunk's queries paid to each cached token, fp32 [kv_heads, tokens]."""
         assert options is not None
-        how: dict[str, Any] = {
-            "scale": options.scale,
-            "positions": positions,
-            "window": options.window,
-            "softcap": options.softcap,
-        }
-        if len(q) == 1:
-            weights = decode_weights(q, pages, lse, **how)[0]
-        else:
-            weights = column_sums(q, pages, lse, decay=self.plan.needs.decay, **how)
+        weights = column_sums(
+            q,
+            pages,
+            lse,
+            decay=self.plan.needs.decay,
+            scale=options.scale,
+            positions=positions,
+            window=options.window,
+            softcap=options.softcap,
+        )
         return group_sum(weights, pages.lengths.shape[1])
 
     def measure(self, layer: int, before: Tensor, after: Tensor) -> None:
@@ -274,15 +288,42 @@ class Lifecycle:
 
     def count_attention(self, n_tokens: int) -> None:
         """Add the last step's attention to the side column."""
-        decay = self.plan.needs.decay
-        for i, layer in enumerate(self.layers):
-            if layer.sums is None:
-                continue
-            column = self.cache.column(i, ATTENTION)[..., 0]
-            if decay != 1.0:
-                column *= decay**n_tokens
-            self.cache.set_column(i, ATTENTION, (column + layer.sums)[..., None])
-            layer.sums = None
+        decay = self.plan.needs.decay**n_tokens
+        for run in self.runs:
+            asked = [i for i in run if self.layers[i].asked is not None]
+            alike = len({self._products(i) for i in asked}) == 1 and len(asked) == len(run)
+            for layers in [run] if alike else [range(i, i + 1) for i in asked]:
+                self.cache.accumulate(layers, ATTENTION, self._paid(layers), decay)
+            for i in run:
+                sums = self.layers[i].sums
+                if sums is not None:
+                    self.cache.accumulate(i, ATTENTION, sums, decay)
+                self.layers[i].sums = self.layers[i].asked = None
+
+    def _products(self, layer: int) -> tuple[float, float | None]:
+        """How a layer makes scores of queries and keys."""
+        options = self.layers[layer].options
+        assert options is not None
+        return options.scale, options.softcap
+
+    def _paid(self, layers: range) -> Tensor:
+        """What a step's only query paid to each token of like layers, as they lie, fp32
+        [layers * kv_heads, tokens]."""
+        asked = [self.layers[i].asked for i in layers]
+        options = self.layers[layers.start].options
+        assert options is not None
+        q, lse, positions = (torch.cat(parts) for parts in zip(*filter(None, asked), strict=True))
+        pages = self.cache.unordered_pages(layers)
+        weights = decode_weights(
+            q,
+            pages,
+            lse,
+            scale=options.scale,
+            positions=None if options.window is None else positions,
+            window=options.window,
+            softcap=options.softcap,
+        )
+        return group_sum(weights.flatten(0, 1), pages.lengths.numel())
 
     def encoded_lengths(self, layer: int) -> Tensor:
         """Tokens of each head that lie in encoded pages, before its live ones, int64 [kv_heads]."""
@@ -302,9 +343,13 @@ def columns(plan: Plan, shape: ModelShape) -> tuple[Field, ...]:
     fields = []
     if plan.needs.attention:
         fields.append(Field(ATTENTION, torch.float32, 1))
-    if plan.evict is not None and plan.evict.in_cache_positions:
-        fields.append(Field(eviction.SHIFT, torch.int32, 1))
     if plan.select is not None:
         summaries = plan.select.summaries(shape.layers[0].k_dim, shape.dtype)
         fields += [Field(c.name, c.dtype, c.width, c.rows) for c in summaries]
     return tuple(fields)
+
+
+def _runs(shape: ModelShape) -> list[range]:
+    """Consecutive layers of one shape."""
+    ends = [i for i in range(1, shape.n_layers) if shape.layers[i] != shape.layers[i - 1]]
+    return [range(*span) for span in pairwise([0, *ends, shape.n_layers])]

@@ -59,13 +59,20 @@ class _View:
 
 
 class CachedLayer(_View):
-    """A `LayerView`: one layer of one request between two steps."""
+    """A `LayerView`: one layer of one request between two steps.
+
+    For decisions that look at each head by itself it may be several layers of one shape, whose
+    heads follow one another; `layer` is then the first.
+    """
+
+    def __init__(self, life: Lifecycle, layer: int, n_layers: int = 1) -> None:
+        super().__init__(life, layer)
+        self.layers = range(layer, layer + n_layers)
 
     @cached_property
     def lengths(self) -> Tensor:
-        cache = self._life.cache
-        lengths = cache.lengths[cache.layout.rows(self.layer)]
-        return torch.from_numpy(lengths.copy()).long().to(self._life.device)
+        lengths = self._life.cache.lengths_of(self.layers)
+        return torch.from_numpy(lengths).long().to(self._life.device)
 
     @cached_property
     def cached(self) -> Tensor:
@@ -74,7 +81,7 @@ class CachedLayer(_View):
 
     @cached_property
     def positions(self) -> Tensor:
-        return self._life.cache.positions_of(self.layer).long()
+        return self._life.cache.positions_of(self.layers).long()
 
     def queries(self, n: int) -> Tensor:
         queries = self._layer.queries
@@ -96,14 +103,14 @@ class CachedLayer(_View):
         )
 
     def attention(self) -> Tensor:
-        return self._life.cache.column(self.layer, ATTENTION)[..., 0]
+        return self._life.cache.column(self.layers, ATTENTION)[..., 0]
 
     def similarity(self) -> float:
         total, tokens = self._layer.similarity
         return total / max(1, tokens)
 
     def keys_values(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        return self._life.cache.keys_values(self.layer, start, stop)
+        return self._life.cache.keys_values(self.layers, start, stop)
 
 
 class PromptChunk(_View):

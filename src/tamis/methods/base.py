@@ -249,12 +249,16 @@ class Evict(Method):
     Attributes:
         per_chunk: whether it also acts after each chunk of the prompt, so that the prompt's peak
             memory is the budget and one chunk.
+        by_head: whether scores and decisions about a head come from its own cached tokens alone,
+            their number, positions, attention, keys and values, so that heads of several layers may
+            be put to it in one view, as if they were one layer's.
         interval: generated tokens between two evictions; None if nothing is evicted after the
             prompt.
     """
 
     stage = "evict"
     per_chunk: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
     budget: int | float
 
     @property

@@ -361,9 +361,18 @@ def top_mask(scores: Tensor, counts: Tensor | Sequence[int]) -> Tensor:
     Returns:
         bool [heads, tokens].
     """
-    counts = torch.as_tensor(counts, device=scores.device)
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    rank.scatter_(1, order, places)
-    return (rank < counts[:, None]) & (scores > -torch.inf)
+    n = scores.shape[1]
+    if not scores.numel():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    counts = torch.as_tensor(counts, device=scores.device).clamp(0, n)
+    most, fewest = int(counts.max()), n - int(counts.min())
+    if most <= fewest:  # look for the lowest that is chosen, or the highest that is not
+        lowest = torch.nn.functional.pad(scores.topk(most).values, (1, 0), value=torch.inf)
+        edge = lowest.gather(1, counts[:, None])
+    else:
+        highest = scores.topk(fewest, largest=False).values
+        highest = torch.nn.functional.pad(highest, (1, 0), value=-torch.inf)
+        edge = highest.gather(1, n - counts[:, None])
+    above, level = scores > edge, scores == edge
+    room = (counts - above.sum(1))[:, None]
+    return (above | (level & (level.cumsum(1) <= room))) & (scores > -torch.inf)

@@ -269,14 +269,15 @@ class Model:
             return False
 
     @torch.no_grad()
-    def shift_keys(self, layer: int, k: Tensor, delta: Tensor) -> Tensor:
+    def shift_keys(self, layers: int | range, k: Tensor, delta: Tensor) -> Tensor:
         """Keys as they would be, had their tokens been at other positions.
 
         Args:
-            layer: index of the layer that made the keys.
-            k: keys [..., tokens, k_dim], rotated at some positions.
+            layers: index of the layer that made the keys, or consecutive layers.
+            k: keys [..., tokens, k_dim], rotated at some positions; of several layers [layers,
+                tokens, k_dim].
             delta: int64 [tokens], how much further each token's position shall be; it may be
-                negative.
+                negative. Of several layers [layers, tokens].
 
         Returns:
             Like `k`, computed in fp32; `k` itself if the layer does not rotate its keys.
@@ -286,12 +287,18 @@ class Model:
                 by frequencies that depend on the sequence's length (`dynamic_rope`).
             ValueError: shapes disagree.
         """
+        if isinstance(layers, range):
+            rotations = self._rotations[layers.start : layers.stop]
+            if all(rotation == rotations[0] for rotation in rotations):
+                return self.shift_keys(layers[0], k.flatten(0, 1), delta.flatten()).view_as(k)
+            each = zip(layers, k, delta, strict=True)
+            return torch.stack([self.shift_keys(*of_layer) for of_layer in each])
         if k.ndim < 2 or delta.shape != k.shape[-2:-1]:
             raise ValueError(
                 "k must be [..., tokens, k_dim] and delta [tokens], not "
                 f"{list(k.shape)}, {list(delta.shape)}"
             )
-        rotation = self._rotations[layer]
+        rotation = self._rotations[layers]
         return k if rotation is None else rotation.shift(k, delta)
 
     @cached_property

@@ -37,7 +37,7 @@ class RotaryCall:
         return cos[0], sin[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Rotation:
     """How the keys of a layer are rotated.
 

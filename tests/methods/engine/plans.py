@@ -84,9 +84,7 @@ CASES: dict[str, Case] = {
         "zigzagkv(window=8)", "zigzagkv(window=8)", _EVICTION, _NO_EVICTION, held=None
     ),
     "headadaptive": Case("headadaptive()", "headadaptive()", _EVICTION, _NO_EVICTION, held=None),
-    "streamingllm": Case(
-        "streamingllm(budget=48)", "streamingllm(budget=4096)", held=lambda n: 48, columns=64
-    ),
+    "streamingllm": Case("streamingllm(budget=48)", "streamingllm(budget=4096)", held=lambda n: 48),
     "h2o": Case("h2o(budget=0.3)", "h2o(budget=4096)", held=lambda n: round(0.3 * n), columns=64),
     "scissorhands": Case(
         "scissorhands(budget=0.3, history=16, recent=8, interval=4)",

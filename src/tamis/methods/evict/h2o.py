@@ -35,6 +35,7 @@ class H2O(Evict):
     )
     query_dependent: ClassVar[bool] = True
     per_chunk: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
 
     budget: int | float = budget_param(0.2)
     heavy: float = param(0.5, "share of the budget for heavy hitters", minimum=0, maximum=1)

@@ -39,5 +39,5 @@ def keep_recent_and_top(
         bool [kv_heads, tokens].
     """
     newest = recent(view, budget.clamp(max=torch.as_tensor(recent_tokens, device=budget.device)))
-    others = scores.masked_fill(newest | ~view.cached, -torch.inf)
-    return newest | top_mask(others, budget - newest.sum(1))
+    others = scores.clamp_max(torch.finfo(scores.dtype).max).masked_fill(~view.cached, -torch.inf)
+    return top_mask(others.masked_fill(newest, torch.inf), budget)

@@ -32,6 +32,7 @@ class StreamingLLM(Evict):
         "Efficient Streaming Language Models with Attention Sinks (arXiv:2309.17453)"
     )
     per_chunk: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
 
     budget: int | float = budget_param(1024)
     sinks: int = param(4, "first tokens that always stay", minimum=0)
