@@ -20,7 +20,7 @@ class ZigZagKV(Budget):
 
     The minimum budget of a head is the number of its strongest tokens whose attention weights add
     up to `threshold`; the mean over a layer's heads is `LMBA_l`. Every layer gets a minimum, and
-    what remains is shared in proportion to `LMBA_l / sum LMBA` (sections 3 and 4).
+    what remains is shared in proportion to `LMBA_l / sum LMBA`.
 
     Departures:
 

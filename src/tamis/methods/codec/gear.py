@@ -24,7 +24,7 @@ class GEAR(KIVI):
 
     `S = Filter_s(X)` holds the share `s` of the elements that stick out of their vector, a channel
     of keys or a token of values; `D = Quant_b(X - S)` with KIVI's groups; `L = A B^T` by power
-    iterations on R (section 3; the solver is the paper's). Defaults: the paper's 4 bits, groups of
+    iterations on R (the solver is the paper's). Defaults: the paper's 4 bits, groups of
     64, s = 2 %, rank 4, a streaming buffer of n_b = 20 tokens.
 
     Departures: all three parts are made per page and head. In the paper prompts are compressed

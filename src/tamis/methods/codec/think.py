@@ -19,7 +19,7 @@ class ThinK(Codec):
     the last queries are stored; the others read as zero, so `q . k` is the product of the rest.
 
     `score[c] = || Q[-window:, c] K[:, c]^T ||_F = || Q[-window:, c] || * || K[:, c] ||`, and the
-    `floor((1 - ratio) * k_dim)` channels of highest score stay (section 3).
+    `floor((1 - ratio) * k_dim)` channels of highest score stay.
     Defaults: the paper's pruning ratio 0.4, observation window of 32 queries, and 32 recent tokens
     whose keys keep all channels. As in the paper a page holds a mask of its channels beside the
     pruned keys.

@@ -29,10 +29,11 @@ class TokenRecycling(Draft):
     """A tree of continuations is read out of the candidates that earlier steps left over.
 
     A matrix [vocab, 8] holds for every token the 8 candidates that the model ranked highest when it
-    last saw that token (Token Recycling, section 3.1). From the request's last token a static tree
-    of 80 nodes, 6 deep, is filled breadth first, child number i of a node being candidate number i
-    of its token (section 3.2, algorithm 1); the engine verifies it in one step. Every verified
-    position, accepted or not, then replaces the row of its token (section 3.3).
+    last saw that token (Token Recycling: the adjacency matrix). From the request's last token a
+    static tree of 80 nodes, 6 deep, is filled breadth first, child number i of a node being
+    candidate number i of its token (draft tree retrieval, algorithm 1); the engine verifies it in
+    one step. Every verified position, accepted or not, then replaces the row of its token
+    (verification and update).
 
     `k` and `depth` cut the tree to the nodes that use the first k candidates only and are at most
     `depth` deep: where a step is bound by arithmetic, as on a CPU, 80 tokens cost more than one.

@@ -21,8 +21,8 @@ class LagKV(Evict):
     Behind `sinks` first tokens the text is cut into partitions of `lag` tokens. Of partition `p`,
     keys and values are normalized per channel by the minimum and maximum of partition `p + 1`,
     `(x - min) / (max - min)`; a token's score is the standard deviation of that over its channels,
-    after a softmax over its partition, summed over keys and values (section 2, equations 2-8). Of
-    every partition that has a full successor a head keeps its `n` best tokens; the last full
+    after a softmax over its partition, summed over keys and values (its section on the method).
+    Of every partition that has a full successor a head keeps its `n` best tokens; the last full
     partition and what follows always stay.
 
     Defaults are the reference code's: sinks 16, lag 128, half of each partition. Departures:

@@ -16,10 +16,10 @@ class DuoAttention(Heads):
     """Heads whose learned gate is low keep `sinks` first and `recent` recent tokens only.
 
     Training (`tamis train duoattention`) mixes, in every KV head, full and streaming attention as
-    alpha full + (1 - alpha) streaming, and learns the gates alpha on documents with facts to
-    recall (section 2.3). Here the heads are divided by them (section 2.4): the share `sparsity` of
-    lowest gates is streaming, in the prompt and after it. The paper's defaults for models with
-    GQA: sparsity 0.5, 64 sink and 256 recent tokens (for MHA it takes 0.75).
+    alpha full + (1 - alpha) streaming, and learns the gates alpha on documents with facts to recall
+    (identification of retrieval heads). Here the heads are divided by them: the share `sparsity` of
+    lowest gates is streaming, in the prompt and after it. The paper's defaults for models with GQA:
+    sparsity 0.5, 64 sink and 256 recent tokens (for MHA it takes 0.75).
 
     Departures. The paper puts a threshold at the quantile `sparsity` of the gates; here heads are
     ranked, so that equal gates do not change how many are streaming (the earlier layer's head is

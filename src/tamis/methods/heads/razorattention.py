@@ -19,12 +19,12 @@ class RazorAttention(Heads):
 
     A probe of repeated random tokens (`tamis train razorattention`) scores every head: its *echo*
     score is the attention to earlier occurrences of the same token, its *induction* score that to
-    the tokens after them (section 3.2). The share `induction` of highest induction scores and the
-    share `echo` of highest echo scores are retrieval heads. The others keep `sinks` first tokens
-    and, of a prompt of N tokens, max(`buffer`, N / `ratio`) recent ones (algorithm 1); the rest is
-    replaced, after the prompt, by a compensation token with their mean key and value, counted as
-    often as there were (equations 4 and 5). Paper defaults: 14 % induction and 1 % echo heads, 4
-    sinks, a buffer of at least 4000 tokens and a fifth of the prompt.
+    the tokens after them (RazorAttention for RoPE models). The share `induction` of highest
+    induction scores and the share `echo` of highest echo scores are retrieval heads. The others
+    keep `sinks` first tokens and, of a prompt of N tokens, max(`buffer`, N / `ratio`) recent ones
+    (algorithm 1); the rest is replaced, after the prompt, by a compensation token with their mean
+    key and value, counted as often as there were. Paper defaults: 14 % induction and 1 % echo
+    heads, 4 sinks, a buffer of at least 4000 tokens and a fifth of the prompt.
 
     Departures. With GQA a KV head has the highest scores of its query heads, and shares are of KV
     heads, rounded up. The buffer does not grow with generated tokens. Layers with a sliding window

@@ -24,7 +24,7 @@ _STATE = "d2o.threshold"
 class D2OEviction(Evict):
     """The token-level eviction of D2O: the tokens with the most attention, and the recent ones.
 
-    As H2O, but with heavy to recent tokens as 3 to 1 (section 3.2). It acts at the prompt's end,
+    As H2O, but with heavy to recent tokens as 3 to 1. It acts at the prompt's end,
     when the whole prompt has been read, and then for every generated token.
     """
 
@@ -52,7 +52,7 @@ class D2OEviction(Evict):
 class D2O(Merge):
     """Evicted tokens that are similar enough to a kept one are merged into it, others dropped.
 
-    With u_ij the cosine similarity of evicted key i and kept key j (section 3.2):
+    With u_ij the cosine similarity of evicted key i and kept key j (its token-level strategy):
 
         nearest       c(i) = argmax_j u_ij
         threshold     tau_0 = mean_i max_j u_ij,

@@ -60,7 +60,7 @@ class KVMerger(Merge):
     """The tokens of a merging set are averaged into its pivot with Gaussian weights.
 
     For the pivot p of a set (the token with the most attention) and its other tokens i
-    (section 4.2):
+    (Gaussian kernel weighted merging):
 
         g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)),  sigma = mean_i |k_p - k_i| / sqrt(2)
         new key of p = (k_p + sum_i g_i k_i) / (1 + sum_i g_i)

@@ -17,7 +17,7 @@ class HeadInfer(Place):
     """The pages of all but a few heads lie in host memory and come to the device head by head.
 
     While one head's attention is computed the next one's pages arrive, so the device holds the KV
-    of a few heads only and results stay exact (HeadInfer, section 3: head-wise offloading). A share
+    of a few heads only and results stay exact (HeadInfer: head-wise offloading). A share
     `resident` of all KV heads stays on the device. The paper's long-context setting keeps none
     there beyond the heads in flight, which is the default.
 

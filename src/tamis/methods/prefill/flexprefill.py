@@ -28,7 +28,7 @@ class FlexPrefill(Prefill):
     is below tau the head is *query-aware*: the fewest blocks of the whole map whose estimated
     weights, softmax of mean queries and mean keys, make up gamma of all (algorithm 4). Any other
     head is *vertical-slash*: of the true attention of the last queries, the columns and diagonals
-    that make up gamma of it (algorithm 3). (FlexPrefill, sections 3.2 and 3.3, algorithms 1 to 4.)
+    that make up gamma of it (algorithm 3). (FlexPrefill, algorithms 1 to 4.)
 
     As in the reference code: lines are counted token by token and computed in whole blocks, those
     of largest sums; at least `min_budget` tokens' worth of blocks, both of columns and diagonals,

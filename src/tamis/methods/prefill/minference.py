@@ -28,7 +28,7 @@ class MInference(Prefill):
     - block-sparse: for each block of 64 queries the key blocks of largest products of mean query
       and mean key, and its own.
 
-    (MInference 1.0, section 3.3, algorithms 1 to 3.) `tamis train minference` writes the kinds and
+    (MInference 1.0, algorithms 1 to 3.) `tamis train minference` writes the kinds and
     sizes of all heads; without its file every head is vertical-slash with `verticals` and
     `slashes`, the reference code's default. A head whose lines or blocks are as many as its keys
     computes everything.

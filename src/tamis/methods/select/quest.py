@@ -22,9 +22,9 @@ class Quest(Select):
 
         bound(page) = sum_i max(q_i min_i, q_i max_i),
 
-    and the `pages` pages of largest bound are read (Quest, section 3.3, algorithm 1). The last
+    and the `pages` pages of largest bound are read (Quest, algorithm 1). The last
     page is always among them: it holds the newest tokens. The first two layers, which attend
-    widely, read everything (section 3.2).
+    widely, read everything.
 
     The paper's models have one query head per KV head. Where several share one they must read the
     same pages: a page's score is then the largest of their bounds.

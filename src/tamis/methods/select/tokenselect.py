@@ -19,12 +19,12 @@ class TokenSelect(Select):
 
     Between the first `n_init` and the last `n_local` tokens, each query head spreads one vote by
     its softmax weights there, and the k tokens with the most votes of all heads are read
-    (TokenSelect, section 4.2: the head soft vote). All heads of the layer read the same tokens.
+    (TokenSelect: the head soft vote). All heads of the layer read the same tokens.
 
     Queries of consecutive steps are alike: while the cosine similarity of the layer's query, all
     heads in one vector, with the query of the last selection is at least `threshold`, that
-    selection is used again, with the tokens that are the last ones now (section 4.3: the selection
-    cache). Tokens that have left the last `n_local` since are not read until the next selection.
+    selection is used again, with the tokens that are the last ones now (the selection cache).
+    Tokens that have left the last `n_local` since are not read until the next selection.
 
     The softmax runs over the middle tokens only, as in the reference code, so that a head that
     looks at the first tokens votes like the others. Departure: the prompt itself is computed

@@ -20,10 +20,10 @@ class MiniCache(Share):
 
     With `Omega` the angle between the vectors `x` of the first and `y` of the second layer, the
     direction is `e = sin((1 - t) Omega) / sin(Omega) x / |x| + sin(t Omega) / sin(Omega) y / |y|`
-    (SLERP), and the layers read `e |x|` and `e |y|` (section 4, cross-layer merging and cache
-    restoration). Tokens whose pair differs most keep both: with `d = Omega / pi`, those with
-    `d > d_max - gamma (d_max - d_min)` over the tokens (section 4, token retention). Defaults: the
-    paper's t = 0.6, gamma = 0.05, merging from the middle layer S = L / 2 on.
+    (SLERP), and the layers read `e |x|` and `e |y|` (cross-layer merging and cache restoration).
+    Tokens whose pair differs most keep both: with `d = Omega / pi`, those with
+    `d > d_max - gamma (d_max - d_min)` over the tokens (token retention). Defaults: the paper's t =
+    0.6, gamma = 0.05, merging from the middle layer S = L / 2 on.
 
     Departures: vectors, lengths and angles are those of single heads, which merges closer than the
     angle of all heads at once; `d` is the mean over the heads, so that a token is merged in all of

@@ -23,15 +23,15 @@ class LazyLLM(Tokens):
     there, and a later step that attends to them takes them along.
 
     After such a layer `l`, the importance of token `i` is the newest token's attention to it, the
-    mean over the heads (equations 1 and 2),
+    mean over the heads,
 
         s_i = (1 / H) sum_h a_h[newest, i]
 
     Of the tokens that took part in layer `l`, those below a percentile of `s` are pruned: here the
-    share `keep` of highest `s` stays (section 3.2). This holds for the prompt, with its last token
-    as the newest, and for every generated token. A token that a step keeps but that an earlier one
-    had pruned at this layer has no key there: it goes on from the hidden state with which it left
-    (the Aux Cache, section 3.3). So every token goes through every layer at most once.
+    share `keep` of highest `s` stays (progressive token pruning). This holds for the prompt, with
+    its last token as the newest, and for every generated token. A token that a step keeps but that
+    an earlier one had pruned at this layer has no key there: it goes on from the hidden state with
+    which it left (the Aux Cache). So every token goes through every layer at most once.
 
     The paper tunes layers and percentiles for each model and task, and no code is public. Here
     four layers, evenly spread from 0.3 to 0.9 of the depth, prune 30 % each. A share is rounded up,

@@ -32,8 +32,8 @@ class PyramidInfer(Tokens):
         p_l = decay + (1 - decay) (1 + cos(pi l / L)) / 2
 
     and the `floor(p_l n)` of those `n` tokens with the highest `s` go on to layer `l + 1`, the
-    first `sinks` of the prompt among them; all `n` if fewer than `minimum` would be left (section
-    4, algorithm 1). Recent tokens always go on. Generated tokens are thinned out in the same way
+    first `sinks` of the prompt among them; all `n` if fewer than `minimum` would be left
+    (algorithm 1). Recent tokens always go on. Generated tokens are thinned out in the same way
     when they are recent no longer (`PyramidGeneration`), down to the share `generated`.
 
     Defaults, the cosine, the counts and the sinks are those of the reference code for Llama 2 and
