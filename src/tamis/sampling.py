@@ -81,6 +81,10 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt, each under the tokens before it.
         n: how many outputs to generate from the prompt, ≥ 1.
         guide: what the output must be; it then ends where that is complete, within `max_tokens`.
+        forced: the output itself, token ids that are taken whatever the model would choose. It is
+            then as long as these (`max_tokens`, `ignore_eos` follow), and with `logprobs` it is
+            scored as the plan's generation would have it: one step per token, on a cache that the
+            plan evicts from, encodes and reads as ever. Token ids; none force nothing.
     """
 
     max_tokens: int | None = 64
@@ -102,8 +106,13 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     guide: Guide | None = None
+    forced: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        self._set("forced", _token_ids("forced", self.forced))
+        if self.forced:
+            self._set("max_tokens", len(self.forced))
+            self._set("ignore_eos", True)
         self._set("max_tokens", _optional_integer("max_tokens", self.max_tokens, 1))
         self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -121,7 +130,7 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             self._set(name, _number(name, getattr(self, name), -2, 2))
         self._set("stop", _strings(self.stop))
-        self._set("stop_token_ids", _token_ids(self.stop_token_ids))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         for name in ("ignore_eos", "include_stop"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be True or False")
@@ -136,6 +145,10 @@ class SamplingParams:
                 "leave min_tokens at 0"
             )
 
+        for name in ("guide", "stop", "stop_token_ids"):
+            if self.forced and getattr(self, name):
+                raise RequestError(f"{name} and forced both say what the output is; give one")
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -144,6 +157,11 @@ class SamplingParams:
         """Whether the most probable token is taken, with no draw."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that an output that is as asked may take."""
+        return len(self.forced) if self.guide is None else self.guide.least_tokens
+
     def validate_for(self, vocab_size: int) -> None:
         """Check what only a model can tell.
 
@@ -151,11 +169,12 @@ class SamplingParams:
             vocab_size: number of logits the model returns.
 
         Raises:
-            RequestError: a token id in `stop_token_ids` or `logit_bias` is not in the vocabulary,
-                or `logprobs` or `prompt_logprobs` asks for more tokens than it has.
+            RequestError: a token id in `stop_token_ids`, `forced` or `logit_bias` is not in the
+                vocabulary, or `logprobs` or `prompt_logprobs` asks for more tokens than it has.
         """
         for name, ids in (
             ("stop_token_ids", self.stop_token_ids),
+            ("forced", self.forced),
             ("logit_bias", self.logit_bias or {}),
         ):
             for token_id in ids:
@@ -207,10 +226,10 @@ def _strings(stop: object) -> tuple[str, ...]:
     return strings
 
 
-def _token_ids(ids: object) -> tuple[int, ...]:
+def _token_ids(name: str, ids: object) -> tuple[int, ...]:
     if not isinstance(ids, Iterable) or isinstance(ids, str):
-        raise RequestError(f"stop_token_ids is {ids!r}; it must be a sequence of token ids")
-    return tuple(_integer("a token id in stop_token_ids", token_id, 0) for token_id in ids)
+        raise RequestError(f"{name} is {ids!r}; it must be a sequence of token ids")
+    return tuple(_integer(f"a token id in {name}", token_id, 0) for token_id in ids)
 
 
 def _bias(bias: object) -> dict[int, float] | None:

@@ -131,7 +131,7 @@ def test_published_files_are_run_alone_unless_tasks_are_named(
         (("--lengths", "1x"), "'1x' is no length in tokens"),
         (("--lengths", "505", "--tasks", "single"), "the model's context is 512"),
         (("--lengths", "500", "--tasks", ""), "the model's context of 512"),
-        (("--lengths", "512", "--tasks", "perplexity"), "lengths from 2 to 511 tokens"),
+        (("--lengths", "513", "--tasks", "perplexity"), "lengths from 2 to 512 tokens"),
         (("--plans", "dense; snapkvv"), "snapkvv"),
         (("--kinds", "colour"), "--kinds has 'colour'"),
         (("--haystack", "/nonexistent/text"), "cannot read the haystack /nonexistent/text"),

@@ -67,6 +67,21 @@ def test_perplexity_is_that_of_transformers_cross_entropy_on_the_second_half(
             assert reading.kv_bytes_peak == reading.kv_bytes_dense > 0
 
 
+def test_what_a_plan_does_after_the_prompt_shows(
+    llm: LLM, windows: list[Window], tmp_path: Path
+) -> None:
+    texts = ("dense", "snapkv(budget=1.0)", "snapkv(budget=33)", "streamingllm(budget=8)")
+    plans = {text: Plan.parse(text) for text in texts}
+    _, readings = read(llm, windows[3:4], tmp_path / "p.jsonl", plans)
+
+    found = {reading.plan: reading for reading in readings}
+    dense, whole, *changed = (found[text] for text in texts)
+    assert whole.nats == pytest.approx(dense.nats, rel=1e-5)
+    for reading in changed:
+        assert reading.nats != pytest.approx(dense.nats, rel=1e-3)
+        assert reading.kv_bytes < dense.kv_bytes
+
+
 def test_windows_are_exactly_as_long_as_asked_and_begin_as_texts_do(
     llm: LLM, windows: list[Window]
 ) -> None:
@@ -95,11 +110,11 @@ def test_the_seed_decides_where_windows_lie(llm: LLM, windows: list[Window]) -> 
     assert cut_windows(llm, TEXT, [64], 3, seed=1) != windows[:3]
 
 
-@pytest.mark.parametrize("length", [1, 512])
+@pytest.mark.parametrize("length", [1, 513])
 def test_lengths_without_a_half_to_score_or_beyond_the_context_are_refused(
     llm: LLM, length: int
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"from 2 to 511 tokens .* not {length}$"):
+    with pytest.raises(ConfigError, match=rf"from 2 to 512 tokens .* not {length}$"):
         cut_windows(llm, TEXT, [64, length], 1)
 
 

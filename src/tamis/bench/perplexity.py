@@ -1,8 +1,8 @@
 """Held-out perplexity: how well a model foretells the second half of windows of real text.
 
-A window is computed as a prompt, and scored by what the model says of its own tokens. The first
-half of it is there to be looked back at. Since nothing is generated, a plan that compresses the
-cache after the prompt reads as exact attention does: only what a plan changes in prefill shows.
+The first half of a window is a prompt, there to be looked back at. The second is then forced upon
+the model as its output, and scored by what it says of each of its tokens before it is given. So all
+that a plan does shows: in prefill, to the cache at the prompt's end, and step by step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from tamis.sampling import SamplingParams
 PERPLEXITY = "perplexity"
 """Its name among the tasks."""
 
-_SCORED = SamplingParams(max_tokens=1, prompt_logprobs=0)
-
 
 @dataclass(frozen=True)
 class Window:
@@ -45,6 +43,16 @@ class Window:
     @property
     def length(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The first half, rounded down."""
+        return list(self.token_ids[: self.length // 2])
+
+    @property
+    def params(self) -> SamplingParams:
+        """That the second half follows, and is scored."""
+        return SamplingParams(forced=self.token_ids[self.length // 2 :], logprobs=0)
 
     @cached_property
     def digest(self) -> str:
@@ -86,7 +94,7 @@ class ReadingWork:
         longest = max((window for _, window in self), key=lambda w: w.length, default=None)
         if longest is not None:
             for plan in self.plans.values():
-                llm.engine.abort(llm.engine.add_request(longest.token_ids, _SCORED, plan))
+                llm.engine.abort(llm.engine.add_request(longest.prompt, longest.params, plan))
 
 
 def cut_windows(
@@ -106,7 +114,7 @@ def cut_windows(
     wanted = sorted(set(lengths))
     if not wanted:
         return []
-    limit = llm.model.max_length - 1  # the engine samples a token after every prompt
+    limit = llm.model.max_length
     for length in wanted:
         if not 2 <= length <= limit:
             raise ConfigError(
@@ -161,7 +169,7 @@ def run_readings(
         RequestError, KVMemoryError: a window cannot be run.
     """
     orders = (
-        Order((name, window), list(window.token_ids), _SCORED, work.plans[name])
+        Order((name, window), window.prompt, window.params, work.plans[name])
         for name, window in work
     )
     with closing(as_completed(llm, orders)) as completed:  # frees the pages of a run cut short
@@ -171,13 +179,12 @@ def run_readings(
 
 
 def _reading(plan: str, window: Window, output: RequestOutput) -> Reading:
-    half = window.length // 2
-    scored = window.length - half
+    scored = len(window.params.forced)
     failed = output.finish_reason == "error"
     nats = None
     if not failed:
-        assert output.prompt_logprobs is not None
-        nats = -math.fsum(said.logprob for said in output.prompt_logprobs[half:] if said)
+        assert output.logprobs is not None
+        nats = -math.fsum(said.logprob for said in output.logprobs)
     return Reading(
         plan=plan,
         length=window.length,

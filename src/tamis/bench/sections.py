@@ -173,9 +173,9 @@ def _perplexities(summary: Summary) -> Section:
             )
     return Section(
         "Perplexity of held-out text",
-        "Lower is better, and it is in no mean. Every window is read as a prompt; the tokens of "
-        "its second half are scored, each given what precedes it. A plan that compresses "
-        "after the prompt reads as exact attention does: this measures the prefill only.",
+        "Lower is better, and it is in no mean. The first half of every window is the prompt; its "
+        "second half is forced upon the model token by token, and each token scored by what the "
+        "plan left of those before it.",
         Table(
             (
                 "plan",

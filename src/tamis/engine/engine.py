@@ -193,7 +193,7 @@ class Engine:
         self._check(request_id, prompt, params, longest)
         room = longest - len(prompt)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
-        self._check_guide(params, max_new)
+        self._check_room(params, max_new)
         self._check_memory(plan, len(prompt), max_new)
         request = Request(
             request_id,
@@ -606,9 +606,9 @@ class Engine:
         if params.stop and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model directory has none")
 
-    def _check_guide(self, params: SamplingParams, max_new: int) -> None:
-        """Refuse a guided output for which there are too few tokens."""
-        least = params.guide.least_tokens if params.guide is not None else 0
+    def _check_room(self, params: SamplingParams, max_new: int) -> None:
+        """Refuse a guided or forced output for which there are too few tokens."""
+        least = params.least_tokens
         if least > max_new:
             raise RequestError(
                 f"max_tokens, or what the prompt leaves of the model's context, is {max_new} "

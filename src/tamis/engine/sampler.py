@@ -143,6 +143,12 @@ class SamplerState:
         """The ids that cannot be chosen now: those that would end the output too early."""
         return self.stop_ids if self.n_tokens < self.params.min_tokens else frozenset()
 
+    def vet(self, token_id: int) -> int:
+        """The chosen token, or the one that must be taken in its place."""
+        if self.params.forced:
+            return self.params.forced[self.n_tokens]
+        return token_id if self.guided is None else self.guided.vet(token_id, self.remaining)
+
     def adjust(self, row: torch.Tensor) -> None:
         """Apply bias, penalties, blocked ids and guide to this sequence's logits, in place.
 
@@ -202,8 +208,8 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled
         for i, token_id in zip(drawing, _draw(probs, chosen), strict=True):
             token_ids[i] = token_id
     for i, state in enumerate(states):
-        if state.guided is not None and finite[i]:
-            token_ids[i] = state.guided.vet(token_ids[i], state.remaining)
+        if finite[i]:
+            token_ids[i] = state.vet(token_ids[i])
 
     results = [
         Sampled(token_id) if ok else Sampled(-1, finite=False)
