@@ -26,10 +26,12 @@ import torch
 import typer
 from rich.console import Console
 
-from contestants import Contestant, Crowd, OneByOne, Tamis, Throughput, Transformers
+from contestants import Contestant, Crowd, OneByOne, Throughput
+from contestants_tamis import Tamis
+from contestants_transformers import Transformers
 from memory import peak_growth
 from random_llama import LlamaShape
-from report import Row, Target, number, save, table
+from report import Row, Target, best_rates, number, save, table
 from tamis.cli.machine import Rates, measure_rates, this_machine
 from tamis.cli.terminal import quiet_logs
 from timing import Spread, in_turns
@@ -144,7 +146,7 @@ def measure(settings: Settings, console: Console) -> Measured:
                 series.append(_one_request(settings, prompt(n_tokens), tamis, transformers))
         with _step(console, f"{settings.requests} requests, at once and one by one"):
             prompts = [prompt(settings.request_tokens) for _ in range(settings.requests)]
-            contestants: dict[str, Crowd] = {OURS: tamis, THEIRS: OneByOne(directory)}
+            contestants: dict[str, Crowd] = {OURS: tamis, THEIRS: OneByOne(transformers)}
             throughput = in_turns(
                 {
                     n: partial(c.answer, prompts, settings.new_tokens)
@@ -160,7 +162,7 @@ def measure(settings: Settings, console: Console) -> Measured:
             }
         with _step(console, "the machine's rates again"):
             rates.append(measure_rates())
-    return Measured(_best(rates), series, throughput, peak_bytes, tamis.page_size)
+    return Measured(best_rates(rates), series, throughput, peak_bytes, tamis.page_size)
 
 
 def _one_request(
@@ -288,12 +290,6 @@ def _memory_rows(settings: Settings, measured: Measured) -> list[Row]:
 def _pair(samples: dict[str, list[float]], scale: float = 1.0) -> tuple[Spread, Spread]:
     ours, theirs = (Spread.of([scale * x for x in samples[name]]) for name in (OURS, THEIRS))
     return ours, theirs
-
-
-def _best(rates: list[Rates]) -> Rates:
-    """The highest of each: whatever else runs can only lower them."""
-    names = asdict(rates[0])
-    return Rates(**{name: max(getattr(rate, name) for rate in rates) for name in names})
 
 
 @contextmanager

@@ -99,6 +99,12 @@ def table(rows: Sequence[Row], other: str) -> Table:
     return result
 
 
+def best_rates(rates: Sequence[Rates]) -> Rates:
+    """The highest of each: whatever else runs can only lower them."""
+    names = asdict(rates[0])
+    return Rates(**{name: max(getattr(rate, name) for rate in rates) for name in names})
+
+
 def number(value: float) -> str:
     """Three significant digits, or all of the whole part."""
     if value == 0:

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 import engine
-from contestants import OneByOne, Tamis, Transformers
+from contestants import OneByOne
+from contestants_tamis import Tamis
+from contestants_transformers import Transformers
 from memory import peak_growth
 
 MIB = 1 << 20
@@ -85,7 +87,7 @@ def test_requests_at_once_are_answered_and_freed(directory, prompts):
 
 def test_one_by_one_counts_every_request(directory, prompts):
     start = time.perf_counter()
-    throughput = OneByOne(directory).answer(prompts, 6)
+    throughput = OneByOne(Transformers(directory)).answer(prompts, 6)
     took = time.perf_counter() - start
     assert len(prompts) * 6 / took <= throughput.tokens_per_s
     assert throughput.decode_tokens_per_s > 0
