@@ -30,11 +30,12 @@ void pack_dot_queries(const T* q, int64_t stride, int64_t count, int64_t dim,
 
 // products[n, t] of N queries with `count` keys: a vector's width of (query, key) pairs at once.
 // `keys` and the rows of `products` are readable and writable to a whole number of vectors;
-// `before(t, tokens)` is called before the keys t..t + tokens are read.
-template <class Isa, class T, int N, class Before>
+// `before(t, tokens)` is called before the keys t..t + tokens are read, and `beside(element)` with
+// every vector of a key, so that other memory can be asked for at the pace at which keys are read.
+template <class Isa, class T, int N, class Before, class Beside>
 void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
                   const T* const* keys, int64_t count, int64_t dim, float* products,
-                  int64_t product_stride, Before before) {
+                  int64_t product_stride, Before before, Beside beside) {
   using Vec = typename Isa::Vec;
   using Dot = typename Isa::template Dot<T>;
   constexpr int kWidth = Isa::kWidth;
@@ -45,7 +46,10 @@ void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t q
     for (int i = 0; i < kWidth; ++i) pairs[i] = Isa::set(0.0f);
     const auto multiply = [&](int64_t d, auto load) {
       typename Dot::Lanes rows[kTokens];
-      for (int j = 0; j < kTokens; ++j) rows[j] = load(keys[t + j] + d);
+      for (int j = 0; j < kTokens; ++j) {
+        beside(keys[t + j] + d);
+        rows[j] = load(keys[t + j] + d);
+      }
       for (int i = 0; i < N; ++i) {
         const auto query = Dot::load(queries + i * query_stride + d);
         for (int j = 0; j < kTokens; ++j) {
@@ -67,6 +71,14 @@ void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t q
       for (int j = 0; j < kTokens; ++j) to[j] = sums[i * kTokens + j];
     }
   }
+}
+
+template <class Isa, class T, int N, class Before>
+void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
+                  const T* const* keys, int64_t count, int64_t dim, float* products,
+                  int64_t product_stride, Before before) {
+  dot_products<Isa, T, N>(queries, query_stride, keys, count, dim, products, product_stride, before,
+                          [](const T*) {});
 }
 
 }  // namespace tamis

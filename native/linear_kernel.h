@@ -1,7 +1,8 @@
 // The kernel of linear layers, written once over an instruction set `Isa` (isa_*.h).
 //
-// Weights are read once, in blocks of kOutputs rows that all rows of x meet while the next block
-// is on its way.
+// Weights are read once, in blocks of kOutputs rows that all rows of x meet. The first rows that
+// meet a block ask for the next one, vector by vector as they read: asked for at once, it would
+// find no room among the loads that are under way.
 #pragma once
 
 #include "dots.h"
@@ -15,31 +16,25 @@ class LinearKernel {
 
   const LinearArgs& args_;
   const int64_t pad_;
-  float* const products_;     // [rows, kOutputs]
-  Query* const x_;            // [rows, pad_]
-  const int64_t share_;       // weights that are prefetched per step of dot_products
-  const T* ahead_ = nullptr;  // the next one to prefetch
-  const T* last_ = nullptr;   // after the last one
+  float* const products_;  // [rows, kOutputs]
+  Query* const x_;         // [rows, pad_]
 
  public:
   LinearKernel(const LinearArgs& args, float* scratch)
       : args_(args),
         pad_(padded(args.in)),
         products_(scratch),
-        x_(reinterpret_cast<Query*>(scratch + args.rows * kOutputs)),
-        share_((Isa::kWidth * args.in + args.rows - 1) / args.rows) {}
+        x_(reinterpret_cast<Query*>(scratch + args.rows * kOutputs)) {}
 
   void run(int64_t begin, int64_t end) {
     pack_dot_queries<Isa, T>(static_cast<const T*>(args_.x), args_.x_stride, args_.rows, args_.in,
                              x_);
-    last_ = weight(end);
     for (int64_t first = begin; first < end; first += kOutputs) {
       const int64_t count = end - first < kOutputs ? end - first : kOutputs;
       const T* weights[kOutputs];  // after the last one, it is repeated
       for (int64_t j = 0; j < kOutputs; ++j) {
         weights[j] = weight(first + (j < count ? j : count - 1));
       }
-      ahead_ = weight(first + count);
       int64_t row = 0;
       for (; row + 4 <= args_.rows; row += 4) multiply<4>(row, weights, count);
       for (; row + 2 <= args_.rows; row += 2) multiply<2>(row, weights, count);
@@ -54,17 +49,19 @@ class LinearKernel {
     return static_cast<const T*>(args_.weight) + output * args_.in;
   }
 
-  // Products of N rows of x with a block's weights. Every step brings an equal share of the next
-  // block, so that reading goes on while rows are multiplied.
+  // Products of N rows of x with a block's weights.
   template <int N>
   void multiply(int64_t row, const T* const* weights, int64_t count) {
-    const auto prefetch_share = [this](int64_t, int64_t) {
-      const int64_t left = last_ - ahead_, share = share_ < left ? share_ : left;
-      prefetch_row<Isa>(ahead_, share);
-      ahead_ += share;
-    };
-    dot_products<Isa, T, N>(x_ + row * pad_, pad_, weights, count, args_.in,
-                            products_ + row * kOutputs, kOutputs, prefetch_share);
+    const auto nothing = [](int64_t, int64_t) {};
+    const auto* const x = x_ + row * pad_;
+    float* const products = products_ + row * kOutputs;
+    if (row > 0) {
+      dot_products<Isa, T, N>(x, pad_, weights, count, args_.in, products, kOutputs, nothing);
+    } else {
+      const int64_t block = kOutputs * args_.in;
+      dot_products<Isa, T, N>(x, pad_, weights, count, args_.in, products, kOutputs, nothing,
+                              [block](const T* at) { __builtin_prefetch(at + block, 0, 3); });
+    }
   }
 
   // Add the bias to a block's products and round them.
