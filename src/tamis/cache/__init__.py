@@ -13,6 +13,7 @@ The life of a step, for every sequence of a batch:
     batch = BatchView(cache, sequences, new_tokens, positions)
     batch.append(layer, k, v)             # per layer: write the new tokens
     batch.pages(layer, start, stop, with_new=True)   # per layer: what attention reads
+    CommonPrefix.of(batch, n, least)      # what some of them share, to be read once
     sequence.advance(n)                   # count them
     sequence.trim()                       # drop what fell out of a window
 
@@ -41,6 +42,7 @@ fork copies it first.
 
 from tamis.cache.arena import Arena
 from tamis.cache.batch import BatchView
+from tamis.cache.common import CommonPrefix
 from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.layout import CacheLayout, LayerShape
 from tamis.cache.paged import PagedCache
@@ -55,6 +57,7 @@ __all__ = [
     "BatchView",
     "Block",
     "CacheLayout",
+    "CommonPrefix",
     "Field",
     "LayerShape",
     "OutOfPages",

@@ -22,6 +22,9 @@ class BatchView:
     a sequence has not reserved the tokens can be read, but not appended to.
 
     Attributes:
+        layout: of the cache, without side columns.
+        tables: page ids in host memory, int32 [n, rows, pages]; lengths: tokens, those of the step
+            counted, int32 [n, rows].
         starts: sequence `i` adds the tokens starts[i] .. starts[i + 1] - 1 of the step,
             int64 [n + 1].
         positions: absolute positions of the step's tokens, int32 [tokens].
@@ -61,12 +64,18 @@ class BatchView:
         starts = np.zeros(len(sequences) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         self._data = cache.arena.data
-        self._layout = cache.layout
-        device = self._data.device
+        self.layout = cache.layout
+        self.tables, self.lengths = tables, lengths[1]
+        device = self.device
         self._tables = torch.from_numpy(tables).to(device)
         self._before, self._after = torch.from_numpy(lengths).to(device)
         self.starts = torch.from_numpy(starts).to(device)
         self.positions = positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages lie."""
+        return self._data.device
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the step's keys and values of one layer into the pages.
@@ -82,10 +91,10 @@ class BatchView:
         if layer in self._lacking:
             n, room = self._lacking[layer]
             raise PageError(f"a batch adds {n} tokens to a sequence with {room} reserved")
-        rows = self._layout.rows(layer)
+        rows = self.layout.rows(layer)
         moves.append(
             self._data,
-            self._layout.formats[self._layout.layer_formats[layer]],
+            self.layout.formats[self.layout.layer_formats[layer]],
             self._tables[:, rows],
             self._before[:, rows],
             self.starts,
@@ -102,11 +111,11 @@ class BatchView:
             start, stop: which sequences of the batch.
             with_new: whether the lengths count the step's own tokens.
         """
-        rows = self._layout.rows(layer)
+        rows = self.layout.rows(layer)
         lengths = self._after if with_new else self._before
         return PagedKV(
             self._data,
-            self._layout.formats[self._layout.layer_formats[layer]],
+            self.layout.formats[self.layout.layer_formats[layer]],
             self._tables[start:stop, rows],
             lengths[start:stop, rows],
         )

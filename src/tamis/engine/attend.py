@@ -19,6 +19,7 @@ from tamis.cache import BatchView, PagedKV
 from tamis.engine import inspection, stores
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.patterns import streaming_pattern
+from tamis.engine.shared import SharedDecode
 from tamis.engine.views import DecodeQuery, LayerOptions, PromptChunk
 
 State = tuple[Tensor, Tensor]
@@ -56,6 +57,7 @@ class StepAttention:
         self._n_decode = sum(count == 1 for count in counts)
         plain = [life is None or life.direct for life in lives[: self._n_decode]]
         self._n_plain = plain.index(False) if False in plain else self._n_decode
+        self._shared = SharedDecode.of(view, self._n_plain)
         self._spans: list[tuple[int, int]] = []  # first token and end of each sequence
         end = 0
         for count in counts:
@@ -89,8 +91,11 @@ class StepAttention:
         parts = []
         n = self._n_plain
         if n:
-            pages = self._view.pages(layer, 0, n, with_new=True)
-            parts.append(_decode(q[:n], pages, options, self._positions[:n]))
+            if self._shared is not None and window is None:
+                parts.append(self._shared(layer, q[:n], options))
+            else:
+                pages = self._view.pages(layer, 0, n, with_new=True)
+                parts.append(_decode(q[:n], pages, options, self._positions[:n]))
         for life in self._lives:
             if life is not None:
                 life.layers[layer].options = options
