@@ -183,3 +183,44 @@ def decode(
             outs.append(out)
             lses.append(lse)
     return torch.stack(outs).view(*q.shape[:2], -1), torch.tensor(lses).double().view(q.shape[:2])
+
+
+def prefill_call(case: dict) -> tuple[tuple, dict]:
+    """Positional arguments and options of the prefill that a case describes: `tokens`, `past`
+    (cached tokens per head, or None), `kv_heads`, `group`, `k_dim`, `v_dim`, `dtype`, `page_size`,
+    `gap`, `softcap`, `window`, `sinks` (whether), `positions_dtype` and `seed`."""
+    torch.manual_seed(case["seed"])
+    tokens, kv_heads, dtype = case["tokens"], case["kv_heads"], case["dtype"]
+    q = torch.randn(tokens, kv_heads * case["group"], case["k_dim"]).to(dtype)
+    # As models hand them over: [kv_heads, tokens, dim] transposed.
+    k = torch.randn(kv_heads, tokens, case["k_dim"]).to(dtype).transpose(0, 1)
+    v = torch.randn(kv_heads, tokens, case["v_dim"]).to(dtype).transpose(0, 1)
+    past, first = None, 0
+    if case["past"] is not None:
+        names = ("page_size", "k_dim", "v_dim", "dtype", "gap")
+        past = cached([case["past"]], **{name: case[name] for name in names})
+        first = max(int(at[-1]) + 1 if len(at) else 0 for at in past.positions[0])
+    options = {
+        "scale": case["k_dim"] ** -0.5,
+        "positions": torch.arange(first, first + tokens, dtype=case["positions_dtype"]),
+        "window": case["window"],
+        "softcap": case["softcap"],
+        "sinks": torch.randn(q.shape[1]) if case["sinks"] else None,
+    }
+    return (q, k, v, past), options
+
+
+def assert_prefill_is_defined(
+    implementation: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    arguments: tuple,
+    options: dict,
+) -> None:
+    """An implementation gives what the definition gives, in q's dtype."""
+    q, k, v, past = arguments
+    out, lse = implementation(q, k, v, past.kv if past is not None else None, **options)
+    want_out, want_lse = prefill(q, k, v, past, **options)
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    tolerance = TOLERANCE[q.dtype]
+    torch.testing.assert_close(out.double(), want_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)

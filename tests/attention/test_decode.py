@@ -13,6 +13,7 @@ from tamis.attention import decode
 from tamis.cache.format import PagedKV
 from tamis.errors import ConfigError
 from tests.attention import naive
+from tests.threads import on_threads
 
 Decode = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -117,14 +118,7 @@ def test_native_bits_depend_on_neither_threads_nor_batch(dtype: torch.dtype) -> 
     torch.manual_seed(1)
     cached = naive.cached([[2500, 5], [600, 90]], page_size=16, k_dim=64, v_dim=64, dtype=dtype)
     q = torch.randn(2, 12, 64).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = decode(q, cached.kv, scale=0.2, backend="native")
-        torch.set_num_threads(2)
-        together = decode(q, cached.kv, scale=0.2, backend="native")
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(lambda: decode(q, cached.kv, scale=0.2, backend="native"), 1, 2)
     kv = cached.kv
     second = PagedKV(kv.data, kv.format, kv.tables[1:], kv.lengths[1:])
     row = decode(q[1:], second, scale=0.2, backend="native")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tamis.attention import decode
 from tamis.attention.pattern import TokenList
 from tests.attention import naive
+from tests.threads import on_threads
 
 Decode = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -130,14 +131,9 @@ def test_strided_lists(implementation: Decode, ragged: naive.Cached) -> None:
 def test_native_bits_do_not_depend_on_threads(ragged: naive.Cached) -> None:
     q = torch.randn(3, 8, 64)
     tokens = random_tokens(ragged.kv.lengths.tolist(), 0.5)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = decode(q, ragged.kv, scale=0.2, tokens=tokens, backend="native")
-        torch.set_num_threads(3)
-        together = decode(q, ragged.kv, scale=0.2, tokens=tokens, backend="native")
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(
+        lambda: decode(q, ragged.kv, scale=0.2, tokens=tokens, backend="native"), 1, 3
+    )
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 

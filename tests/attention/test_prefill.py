@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tamis.attention import prefill
 from tamis.cache.format import PagedKV
 from tests.attention import naive
+from tests.threads import on_threads
 
 Prefill = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -24,7 +25,7 @@ def implementation(request: pytest.FixtureRequest) -> Prefill:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
-    """What describes one prefill call; `build` makes its tensors."""
+    """What describes one prefill call; `naive.prefill_call` makes its tensors."""
     kv_heads = draw(st.integers(1, 3))
     heads = st.lists(st.integers(0, 90), min_size=kv_heads, max_size=kv_heads)
     k_dim = draw(st.sampled_from([8, 32, 40, 64, 128]))
@@ -46,40 +47,10 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
-def build(case: dict) -> tuple[tuple, dict]:
-    """Positional arguments and options of a case."""
-    torch.manual_seed(case["seed"])
-    tokens, kv_heads, dtype = case["tokens"], case["kv_heads"], case["dtype"]
-    q = torch.randn(tokens, kv_heads * case["group"], case["k_dim"]).to(dtype)
-    # As models hand them over: [kv_heads, tokens, dim] transposed.
-    k = torch.randn(kv_heads, tokens, case["k_dim"]).to(dtype).transpose(0, 1)
-    v = torch.randn(kv_heads, tokens, case["v_dim"]).to(dtype).transpose(0, 1)
-    past, first = None, 0
-    if case["past"] is not None:
-        names = ("page_size", "k_dim", "v_dim", "dtype", "gap")
-        past = naive.cached([case["past"]], **{name: case[name] for name in names})
-        first = max(int(at[-1]) + 1 if len(at) else 0 for at in past.positions[0])
-    options = {
-        "scale": case["k_dim"] ** -0.5,
-        "positions": torch.arange(first, first + tokens, dtype=case["positions_dtype"]),
-        "window": case["window"],
-        "softcap": case["softcap"],
-        "sinks": torch.randn(q.shape[1]) if case["sinks"] else None,
-    }
-    return (q, k, v, past), options
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases())
 def test_equals_the_definition(implementation: Prefill, case: dict) -> None:
-    (q, k, v, past), options = build(case)
-    out, lse = implementation(q, k, v, past.kv if past is not None else None, **options)
-    want_out, want_lse = naive.prefill(q, k, v, past, **options)
-    assert out.dtype == q.dtype
-    assert lse.dtype == torch.float32
-    tolerance = naive.TOLERANCE[q.dtype]
-    torch.testing.assert_close(out.double(), want_out, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    naive.assert_prefill_is_defined(implementation, *naive.prefill_call(case))
 
 
 @pytest.mark.parametrize("window", [None, 700, 5000])
@@ -109,14 +80,7 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     q, k, v = (torch.randn(300, heads, 40).to(dtype) for heads in (6, 2, 2))
     options = {"scale": 0.2, "positions": torch.arange(300), "backend": "native"}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = prefill(q, k, v, None, **options)
-        torch.set_num_threads(4)
-        together = prefill(q, k, v, None, **options)
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(lambda: prefill(q, k, v, None, **options), 1, 4)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 

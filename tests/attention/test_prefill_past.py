@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tamis.attention import merge_states, prefill
 from tamis.attention.pattern import SparsePattern
 from tests.attention import naive
+from tests.threads import on_threads
 
 Prefill = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -122,14 +123,7 @@ def test_native_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     q, empty = torch.randn(300, 6, 40).to(dtype), torch.empty(0, 2, 40, dtype=dtype)
     at = torch.arange(500, 800)
     options = {"scale": 0.2, "positions": at, "window": 450, "own": False, "backend": "native"}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = prefill(q, empty, empty, past, **options)
-        torch.set_num_threads(4)
-        together = prefill(q, empty, empty, past, **options)
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(lambda: prefill(q, empty, empty, past, **options), 1, 4)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 

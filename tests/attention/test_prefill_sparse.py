@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tamis.attention import prefill
 from tamis.attention.pattern import SparsePattern
 from tests.attention import naive
+from tests.threads import on_threads
 
 Prefill = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -70,43 +71,23 @@ def cases(draw: st.DrawFn) -> dict:
         "softcap": draw(st.sampled_from([None, 2.0])),
         "window": draw(st.none() | st.integers(1, 120)),
         "sinks": draw(st.booleans()),
+        "positions_dtype": torch.int64,
         "seed": draw(st.integers(0, 1000)),
     }
 
 
 def build(case: dict) -> tuple[tuple, dict]:
     """Positional arguments and options of a case."""
-    torch.manual_seed(case["seed"])
-    tokens, kv_heads, dtype = case["tokens"], case["kv_heads"], case["dtype"]
-    q = torch.randn(tokens, kv_heads * case["group"], case["k_dim"]).to(dtype)
-    k = torch.randn(kv_heads, tokens, case["k_dim"]).to(dtype).transpose(0, 1)
-    v = torch.randn(kv_heads, tokens, case["v_dim"]).to(dtype).transpose(0, 1)
-    past, first = None, 0
-    if case["past"] is not None:
-        names = ("page_size", "k_dim", "v_dim", "dtype", "gap")
-        past = naive.cached([case["past"]], **{name: case[name] for name in names})
-        first = max(int(at[-1]) + 1 if len(at) else 0 for at in past.positions[0])
-    keys = tokens + max(case["past"] or [0])
-    options = {
-        "scale": case["k_dim"] ** -0.5,
-        "positions": torch.arange(first, first + tokens),
-        "window": case["window"],
-        "softcap": case["softcap"],
-        "sinks": torch.randn(q.shape[1]) if case["sinks"] else None,
-        "pattern": random_pattern(q.shape[1], tokens, keys, case["block"], case["alike"]),
-    }
-    return (q, k, v, past), options
+    arguments, options = naive.prefill_call(case)
+    q, keys = arguments[0], case["tokens"] + max(case["past"] or [0])
+    pattern = random_pattern(q.shape[1], case["tokens"], keys, case["block"], case["alike"])
+    return arguments, options | {"pattern": pattern}
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases())
 def test_equals_the_definition(implementation: Prefill, case: dict) -> None:
-    (q, k, v, past), options = build(case)
-    out, lse = implementation(q, k, v, past.kv if past is not None else None, **options)
-    want_out, want_lse = naive.prefill(q, k, v, past, **options)
-    tolerance = naive.TOLERANCE[q.dtype]
-    torch.testing.assert_close(out.double(), want_out, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    naive.assert_prefill_is_defined(implementation, *build(case))
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +159,7 @@ def test_native_bits_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> N
         "pattern": SparsePattern.from_blocks(blocks, columns, window=windows),
     }
     run = naive.implementation("prefill", isa)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = run(q, k, v, None, **options)
-        torch.set_num_threads(16)
-        together = run(q, k, v, None, **options)
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(lambda: run(q, k, v, None, **options), 1, 16)
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
