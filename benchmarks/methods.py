@@ -1,17 +1,18 @@
 """Every method against exact attention: time, memory and quality.
 
-    python benchmarks/methods.py                  # about an hour on two cores
-    python benchmarks/methods.py --quick          # small sizes: whether it runs at all
+    python benchmarks/methods.py                  # half an hour on two cores
+    python benchmarks/methods.py --quick          # small sizes, a minute: whether it runs at all
     python benchmarks/methods.py --only snapkv    # one method, and exact attention
 
 Time and memory are measured on the Llama of random weights of `benchmarks/engine.py`, in bf16: each
-plan's prompt right beside that of exact attention, and then decode steps of both in turns. Quality
-is measured on the reference model, on tasks whose answers are known. `methods_plans.py` says how
-each method is set.
+plan's prompt, and then decode steps in turns with those of exact attention. Quality is measured on
+the reference model, on tasks whose answers are known. `methods_plans.py` says how each method is
+set, `methods_parts.py` what is measured.
 
-Every measurement is a line in --out the moment it is there, so that the same command goes on after
-Ctrl-C. The summary goes to results/methods.json, from which `methods_page.py` writes
-docs/methods.md.
+Every measurement is a line in --out the moment it is there: the same command goes on after Ctrl-C,
+and what fails is tried again. --timings-only and --quality-only do one part each; only times need a
+machine that does nothing else. The summary of all that is in --out goes to results/methods.json,
+from which `methods_page.py` writes docs/methods.md.
 """
 
 from __future__ import annotations
@@ -19,156 +20,37 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
+from methods_page import MEASURES, Results, measures
+from methods_parts import Failures, Settings, judge_plans, time_plans, work_left
 from methods_plans import DENSE, SETTINGS, Setting
 from methods_summary import goal_rows, quality_rows, timing_rows
-from methods_timing import SHORT, Bench, Round
-from random_llama import LlamaShape
+from methods_timing import Round
 from report import Row, table
 from tamis import LLM, files
-from tamis.bench.exercise import Exercise
-from tamis.bench.record import Record
 from tamis.bench.record import Settings as Conditions
-from tamis.bench.results import Answer, ResultFile, Timing
-from tamis.bench.runner import Prompting, open_work, run_answers
+from tamis.bench.results import Answer, ResultFile
 from tamis.bench.suites import generated
 from tamis.bench.tasks.puzzle import KINDS, PHRASINGS
 from tamis.bench.tasks.samples import Suite
-from tamis.bench.text import length_text, ratio, seconds
-from tamis.cli.bench_screen import progress
 from tamis.cli.reporting import record_of
 from tamis.cli.terminal import quiet_logs
 from tamis.errors import ConfigError, TamisError
-from tamis.plan import Plan
-from tamis.shipped import REFERENCE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "methods.json"
 _OUT = HERE.parent / "out"
 _FILE_WIDTH = 150
 _KV_MEMORY = "2GiB"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured; by default at the sizes that the goals are meant for.
-
-    Attributes:
-        shape: the model that is timed.
-        lengths: prompts that are timed, ascending, in tokens.
-        once_from: from this length on, a plan is timed in one round only.
-        repeat: rounds of shorter ones.
-        new_tokens: tokens generated after each prompt.
-        short: tokens of the short prompt that is decoded beside all others.
-        model: whose answers are judged, on `tasks` of `judged_lengths` with `samples` each.
-        threads: torch's threads.
-        goals: whether goals are judged.
-    """
-
-    shape: LlamaShape = field(default_factory=LlamaShape)
-    lengths: tuple[int, ...] = (8192, 32_768)
-    once_from: int = 32_768
-    repeat: int = 3
-    new_tokens: int = 65
-    short: int = SHORT
-    model: str = REFERENCE
-    tasks: tuple[str, ...] = ("single", "multi_key", "key_value", "variables")
-    judged_lengths: tuple[int, ...] = (4096, 8192)
-    samples: int = 10
-    threads: int = 2
-    goals: bool = True
-
-    def quick(self) -> Settings:
-        """The same at sizes that take seconds per plan and prove nothing."""
-        return replace(
-            self,
-            lengths=(512, 2048),
-            repeat=1,
-            new_tokens=17,
-            tasks=("single", "multi_key"),
-            judged_lengths=(1024,),
-            samples=2,
-            goals=False,
-        )
-
-    def rounds(self, settings: Iterable[Setting]) -> Iterator[tuple[str, int, int]]:
-        """Plan, length and repeat of everything to be timed, all methods once before any twice."""
-        plans = [DENSE, *(plan for setting in settings for plan in setting.timed)]
-        for length in self.lengths:
-            for repeat in range(1 if length >= self.once_from else self.repeat):
-                for plan in plans:
-                    yield plan, length, repeat
-
-
-Failures = dict[str, str]
-"""Plans that could not be measured, and why."""
-
-
-def time_plans(
-    wanted: Settings, settings: Sequence[Setting], file: ResultFile[Timing], console: Console
-) -> Failures:
-    """Time what `file` does not hold yet; `console` is told every round."""
-    done = {row.key for row in file.rows}
-    left = [one for one in wanted.rounds(settings) if one not in done]
-    failures: Failures = {}
-    if not left:
-        return failures
-    with tempfile.TemporaryDirectory(prefix="tamis-bench-") as scratch:
-        bench = Bench(wanted.shape, Path(scratch), wanted.new_tokens, wanted.short)
-        warm: set[str] = set()
-        for number, (plan, length, repeat) in enumerate(left, start=1):
-            if plan in failures:
-                continue
-            start = time.perf_counter()
-            where = f"[{number}/{len(left)}] {plan}, {length_text(length)}"
-            try:
-                if plan not in warm:
-                    bench.warm_up(plan)
-                    warm.add(plan)
-                row = bench.compare(plan, length, repeat)
-            except TamisError as error:
-                failures[plan] = str(error)
-                console.print(f"{where}: FAILED: {error}", markup=False, soft_wrap=True)
-                continue
-            file.append(row)
-            console.print(
-                f"{where}: first token {seconds(row.ttft_s)}, "
-                f"{ratio(row.ttft_s / row.dense_ttft_s)}; each {seconds(row.tpot_s)}, "
-                f"{ratio(row.tpot_s / row.dense_tpot_s)}; "
-                f"KV {ratio(row.kv_bytes / row.kv_bytes_dense)}; "
-                f"took {time.perf_counter() - start:.0f} s",
-                markup=False,
-                soft_wrap=True,
-            )
-    return failures
-
-
-def judge_plans(
-    llm: LLM, exercises: Sequence[Exercise], settings: Sequence[Setting], file: ResultFile[Answer]
-) -> Failures:
-    """Answer what `file` does not hold yet, method by method, exact attention first."""
-    failures: Failures = {}
-    for name, texts in [(DENSE, (DENSE,)), *((s.method, s.judged) for s in settings)]:
-        try:
-            plans = {text: Plan.parse(text) for text in texts}
-            work = open_work(exercises, plans, file.rows)
-            if work.characters:
-                with progress(name, work.characters) as advance:
-                    run_answers(llm, work, Prompting(), file, advance)
-        except TamisError as error:
-            failures[name] = str(error)
-    latest = {row.key: row for row in file.rows}
-    return failures | {row.plan: row.error for row in latest.values() if row.error is not None}
 
 
 def chosen(only: Sequence[str]) -> list[Setting]:
@@ -184,25 +66,44 @@ def chosen(only: Sequence[str]) -> list[Setting]:
     return [setting for setting in SETTINGS if not only or setting.method in only]
 
 
-def summary(
-    record: Record, wanted: Settings, rounds: Sequence[Round], answers: Sequence[Answer]
-) -> dict[str, Any]:
-    """Everything that is needed to write the page, or to read the numbers later."""
-    goals = goal_rows(rounds, judged=wanted.goals)
-    return {
-        "benchmark": "methods",
-        **asdict(record),
-        "measured": asdict(wanted),
-        "goals": [row.record() for row in goals],
-        "timings": timing_rows(rounds),
-        "quality": quality_rows(answers),
-    }
-
-
-def _run(
+def measure_times(
     wanted: Settings, settings: Sequence[Setting], out: Path, console: Console
-) -> tuple[Record, list[Round], list[Answer], Failures]:
-    """Measure what is left to be measured in `out`."""
+) -> Failures:
+    """Time what is not there yet, into `out`/timings.jsonl.
+
+    Raises:
+        ConfigError: what is there was measured on another machine, or otherwise.
+    """
+    conditions = Conditions(
+        model="Llama of random weights",
+        parameters=wanted.shape.parameters,
+        dtype=str(wanted.shape.dtype).removeprefix("torch."),
+        device="cpu",
+        haystack="",
+        samples=0,
+        seed=0,
+        kinds=(),
+        phrasings=(),
+        chat=False,
+        truncate=False,
+        new_tokens=wanted.cases[0].new_tokens,
+    )
+    with ResultFile(out / "timings.jsonl", Round) as file:
+        done = {row.key for row in file.rows}
+        if all((plan, case.length, n) in done for plan, case, n in wanted.rounds(settings)):
+            return {}
+        keep_record(conditions, out / "timings.json", same_machine=True)
+        return time_plans(wanted, settings, file, console)
+
+
+def measure_answers(
+    wanted: Settings, settings: Sequence[Setting], out: Path, console: Console
+) -> Failures:
+    """Answer what is not there yet, into `out`/answers.jsonl.
+
+    Raises:
+        ConfigError: what is there was answered by another model or of other samples.
+    """
     llm = LLM(wanted.model, kv_memory=_KV_MEMORY)
     conditions = Conditions(
         model=llm.model.name,
@@ -216,47 +117,103 @@ def _run(
         phrasings=PHRASINGS,
         chat=False,
         truncate=False,
-        new_tokens=wanted.new_tokens,
+        new_tokens=0,
     )
-    record = replace(record_of(conditions), command=shlex.join(["python", *sys.argv]))
-    record.keep(out / "run.json")
     suites = [
         Suite(task, length, wanted.samples)
         for length in wanted.judged_lengths
         for task in wanted.tasks
     ]
-    with (
-        ResultFile(out / "timings.jsonl", Round) as timings,
-        ResultFile(out / "answers.jsonl", Answer) as answers,
-    ):
-        failures = time_plans(wanted, settings, timings, console)
-        exercises = generated(llm, suites, out / "samples")
-        failures |= judge_plans(llm, exercises, settings, answers)
+    exercises = generated(llm, suites, out / "samples")
+    record = out / "answers.json"
+    with ResultFile(out / "answers.jsonl", Answer) as file:
+        work = work_left(exercises, settings, file.rows)
+        if work or not record.exists():
+            keep_record(conditions, record)
+        return judge_plans(llm, work, file, console)
+
+
+def keep_record(conditions: Conditions, path: Path, *, same_machine: bool = False) -> None:
+    """Write when and where a part is measured.
+
+    Raises:
+        ConfigError: what is there was measured under other conditions, or, with `same_machine`,
+            elsewhere.
+    """
+    record = replace(record_of(conditions), command=shlex.join(["python", *sys.argv]))
+    if same_machine and path.exists():
+        before, now = _record(path)["machine"]["processor"], record.machine["processor"]
+        if before != now:
+            raise ConfigError(
+                f"the times in {path.parent} were measured on {before}, and this is {now}; "
+                "give another --out"
+            )
+    record.keep(path)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def summary(out: Path, wanted: Settings) -> tuple[dict[str, Any], list[Row]]:
+    """All that was ever measured into `out`, as it takes to write the page or to read the numbers
+    later; and the goals."""
+    with ResultFile(out / "timings.jsonl", Round) as timings:
         rounds = [row for row in timings.rows if isinstance(row, Round)]
-        return record, rounds, answers.rows, failures
+    with ResultFile(out / "answers.jsonl", Answer) as answers:
+        quality = quality_rows(answers.rows)
+    records = {part: out / f"{part}.json" for part in ("timings", "answers")}
+    goals = goal_rows(rounds, judged=wanted.goals)
+    return {
+        "benchmark": "methods",
+        "runs": {part: _record(path) for part, path in records.items() if path.exists()},
+        "measured": asdict(wanted),
+        "goals": [row.record() for row in goals],
+        "timings": timing_rows(rounds),
+        "quality": quality,
+    }, goals
 
 
-def _show(goals: Sequence[Row], quality: Iterable[dict[str, Any]], console: Console) -> None:
-    for row in quality:
-        score = "no answer" if row["score"] is None else f"score {100 * row['score']:.1f}"
+def overview(settings: Sequence[Setting], results: Results) -> Table:
+    """A row per method, as on the page."""
+    result = Table()
+    result.add_column("", overflow="fold")
+    for column in MEASURES:
+        result.add_column(column, justify="right")
+    result.add_row(DENSE, *measures(DENSE, (DENSE,), results))
+    for setting in settings:
+        result.add_row(setting.method, *measures(setting.timed[0], setting.judged, results))
+    return result
+
+
+def _show(result: Mapping[str, Any], goals: Sequence[Row], console: Console) -> None:
+    for part, record in result["runs"].items():
         console.print(
-            f"{row['plan']}, {length_text(row['length'])}: {score}, KV "
-            + (ratio(row["kv_share"]) if row["kv_share"] is not None else "unknown"),
+            f"{part}: {record['date']}, {record['machine']['processor']} "
+            f"({record['machine']['instruction sets']})",
             markup=False,
+            soft_wrap=True,
         )
-    console.print(table(goals, "dense"))
+    console.print(overview(SETTINGS, Results(result)))
+    if goals:
+        console.print(table(goals, DENSE))
 
 
 def main(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes, some minutes; no goal is judged.")
+        bool, typer.Option("--quick", help="Small sizes, a minute; no goal is judged.")
     ] = False,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="METHOD", help="May be given several times."),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds of all but the longest prompts.")] = 3,
-    samples: Annotated[int, typer.Option(min=1, help="Documents per task and length.")] = 10,
+    timings_only: Annotated[
+        bool, typer.Option("--timings-only", help="Times and memory, and no answers.")
+    ] = False,
+    quality_only: Annotated[
+        bool, typer.Option("--quality-only", help="Answers, and no times.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch and the kernels.")] = 2,
     out: Annotated[
         Path | None,
@@ -272,30 +229,41 @@ def main(
     """Measure every method's time, memory and quality against exact attention."""
     quiet_logs(debug=False)
     torch.set_num_threads(threads)
-    settings = chosen(only or [])
-    wanted = Settings(repeat=repeat, samples=samples, threads=threads)
+    wanted = Settings(threads=threads)
     if quick:
         wanted = wanted.quick()
     out = out or _OUT / ("methods-quick" if quick else "methods")
     target = json_file or (out / "methods.json" if quick else RESULTS)
-    files.check_writable(target, "the summary")
     console = Console(stderr=True, highlight=False)
-    record, rounds, answers, failures = _run(wanted, settings, out, console)
+    failures: Failures = {}
+    try:
+        if timings_only and quality_only:
+            raise ConfigError("--timings-only and --quality-only leave nothing to measure")
+        settings = chosen(only or [])
+        files.check_writable(target, "the summary")
+        if not quality_only:
+            failures |= measure_times(wanted, settings, out, console)
+        if not timings_only:
+            failures |= measure_answers(wanted, settings, out, console)
+        result, goals = summary(out, wanted)
+        text = json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n"
+        files.write_whole(target, text, "the summary")
+    except TamisError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on with what is in {out}", soft_wrap=True)
+        raise typer.Exit(130) from None
 
-    result = summary(record, wanted, rounds, answers)
-    text = json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n"
-    files.write_whole(target, text, "the summary")
     screen = Console(highlight=False)
     if not screen.is_terminal:
         screen.width = _FILE_WIDTH
-    for label, value in record.machine.items():
-        screen.print(f"{label}: {value}", markup=False, soft_wrap=True)
-    _show(goal_rows(rounds, judged=wanted.goals), result["quality"], screen)
+    _show(result, goals, screen)
     if quick:
         screen.print("Small sizes: these numbers show that it runs, and nothing else.")
-    screen.print(f"written to {target}")
-    for name, reason in failures.items():
-        console.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
+    screen.print(f"written to {target}", soft_wrap=True)
+    for plan, reason in failures.items():
+        console.print(f"not measured: {plan}: {reason}", markup=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from methods_plans import BUDGETS, DENSE, SETTINGS, Setting
+from methods_plans import BUDGETS, DENSE, SETTINGS, TOKENS, Setting
 from report import number
 from tamis.bench.text import NOTHING, length_text, mebibytes, percent, ratio, seconds
 from tamis.cli.methods import describe
@@ -30,6 +32,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "methods.json"
 NOTES = HERE / "results" / "methods_notes.md"
 PAGE = HERE.parent / "docs" / "methods.md"
+MEASURES = ("score, %", "KV held", "first token", "each token")
+"""The columns that sum a method up."""
+_EXACT = "to exact"
+_TIMES = ("first token", _EXACT, "each token", _EXACT, "KV held, MiB", _EXACT, "peak to exact")
 
 Row = Mapping[str, Any]
 
@@ -43,7 +49,7 @@ class Results:
     """
 
     def __init__(self, summary: Row | None) -> None:
-        self.summary = summary or {"timings": [], "quality": [], "goals": []}
+        self.summary = summary or {"runs": {}, "timings": [], "quality": [], "goals": []}
         self._timings = {(row["plan"], row["length"]): row for row in self.summary["timings"]}
         self._quality = {(row["plan"], row["length"]): row for row in self.summary["quality"]}
         self.lengths = sorted({length for _, length in self._timings})
@@ -56,9 +62,20 @@ class Results:
         """Of a plan at a length, by default the longest; None where it was not measured."""
         return self._timings.get((plan, length or max(self.lengths, default=0)))
 
-    def quality(self, plan: str, length: int | None = None) -> Row | None:
-        """Of a plan at a length, by default the longest; None where it was not judged."""
-        return self._quality.get((plan, length or max(self.judged_lengths, default=0)))
+    def quality(self, plan: str, length: int) -> Row | None:
+        """Of a plan at a length; None where it was not judged."""
+        return self._quality.get((plan, length))
+
+    def score(self, plan: str) -> float | None:
+        """The mean over all lengths; None where the plan was not judged at all of them."""
+        rows = [self.quality(plan, length) for length in self.judged_lengths]
+        scores = [row["score"] for row in rows if row is not None and row["score"] is not None]
+        return fmean(scores) if scores and len(scores) == len(rows) else None
+
+    @property
+    def judged_text(self) -> str:
+        """The lengths that were judged, such as "4k and 8k"."""
+        return " and ".join(map(length_text, self.judged_lengths))
 
 
 def own_methods() -> dict[str, type[Method]]:
@@ -102,71 +119,89 @@ def _opening(count: int, results: Results) -> str:
         "tasks; it shows where a method loses what is asked for, not how a large model would do.",
         "- **KV held**: the pages on the device at the request's end; **first token** and **each "
         "token**: the time to it, and the median time of those after it. All three are of a "
-        "Llama of random weights in bf16 with one request at a time, and relative to exact "
-        "attention on the same prompt, computed beside it. Random weights attend to everything "
-        "alike, so what adapts to the attention finds nothing to leave out there. The table of "
-        "each stage says how a method was set; of several timed plans the first stands for it.",
+        "Llama of random weights in bf16 with one request at a time, relative to exact attention "
+        "in the same run, whose decode steps took turns with the method's. Random weights attend "
+        "to everything alike, so that what adapts to the attention finds nothing to leave out, "
+        "and they repeat themselves, so that what drafts foresees them better than it would text. "
+        f"Methods that have a budget were timed with {TOKENS:,} tokens per head where their plan "
+        "does not say otherwise; the table of each stage has all plans, of which the first stands "
+        "for the method here.",
     ]
-    if results.summary.get("date"):
-        machine, versions = results.summary["machine"], results.summary["versions"]
-        asked = results.summary["settings"]
-        lines += [
-            "",
-            f"Measured {results.summary['date']} on {machine['processor']} "
-            f"({machine['instruction sets']}), "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"; {asked['samples']} documents per task and length.",
-            "",
-            "![time, memory and score of every method](methods.svg)",
-        ]
+    runs = results.summary["runs"]
+    if "timings" in runs:
+        lines += ["", f"Times: {_where(runs['timings'])}. {_rounds(results)}"]
+    if "answers" in runs:
+        dtype = runs["answers"]["settings"]["dtype"]
+        lines += ["", f"Scores, in {dtype}: {_where(runs['answers'])}. {_certainty(results)}"]
+    if results.lengths and results.judged_lengths:
+        lines += ["", "![time, memory and score of every method](methods.svg)"]
     return "\n".join(lines)
+
+
+def _where(record: Row) -> str:
+    """When a part was measured, and on what."""
+    machine, versions = record["machine"], record["versions"]
+    return (
+        f"{record['date']}, {machine['processor']} ({machine['instruction sets']}), "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+
+
+def _rounds(results: Results) -> str:
+    """How often prompts of each length were timed."""
+    rounds = {row["length"]: row["ttft_s"]["n"] for row in results.summary["timings"]}
+    times = {1: "once", 2: "twice"}
+    return (
+        "Prompts of "
+        + ", of ".join(
+            f"{length_text(length)} tokens {times.get(n, f'{n} times')}"
+            for length, n in sorted(rounds.items())
+        )
+        + ". The row of dense is a second run of exact attention: how far it is from "
+        f"{ratio(1)} is the noise."
+    )
+
+
+def _certainty(results: Results) -> str:
+    """How many answers a score is the mean of, and how far it can be off."""
+    dense = [results.quality(DENSE, length) for length in results.judged_lengths]
+    count = sum(row["answers"] for row in dense if row is not None)
+    if not count:
+        return ""
+    error = 100 * 0.5 / math.sqrt(count)  # of a share of right answers, greatest at a half
+    return (
+        f"A score over {results.judged_text} is the mean of {count} answers, so that its standard "
+        f"error is up to {error:.0f} points; all plans were asked the same."
+    )
 
 
 def _overview(
     kinds: Mapping[str, type[Method]], settings: Mapping[str, Setting], results: Results
 ) -> str:
     """A row per method, at the longest prompts."""
-    head = ["method", "stage", "paper", "parameters", "score", "KV held", "first token"]
-    rows = [_overview_row(DENSE, "", "", "", DENSE, (DENSE,), results)]
+    rows = [[DENSE, "", "", "", *measures(DENSE, (DENSE,), results)]]
     for name, kind in kinds.items():
         setting = settings[name]
         facts = describe(kind)
         given = ", ".join(f"{one['name']}={one['default']!r}" for one in facts["parameters"])
         link = f"[{kind.__name__}](#{kind.stage})"
         parameters = f"`{given}`" if given else ""
-        paper = _paper(kind.paper)
-        rows.append(
-            _overview_row(
-                link, kind.stage, paper, parameters, setting.timed[0], setting.judged, results
-            )
-        )
+        row = [link, kind.stage, _paper(kind.paper), parameters]
+        rows.append([*row, *measures(setting.timed[0], setting.judged, results)])
     title = "## All of them"
     if results.lengths and results.judged_lengths:
-        timed, judged = (max(some) for some in (results.lengths, results.judged_lengths))
         title += (
-            f", with prompts of {length_text(timed)} tokens for time and memory, "
-            f"{length_text(judged)} for scores"
+            f", with prompts of {length_text(max(results.lengths))} tokens for time and memory, "
+            f"{results.judged_text} for scores"
         )
-    return f"{title}\n\n" + _table([*head, "each token"], rows)
+    return f"{title}\n\n" + _table(["method", "stage", "paper", "parameters", *MEASURES], rows)
 
 
-def _overview_row(
-    name: str,
-    stage: str,
-    paper: str,
-    parameters: str,
-    timed: str,
-    judged: Sequence[str],
-    results: Results,
-) -> list[str]:
-    scores = [results.quality(plan) for plan in judged]
+def measures(timed: str, judged: Sequence[str], results: Results) -> list[str]:
+    """What `MEASURES` says of a plan that was timed and those that were judged."""
     timing = results.timing(timed)
     return [
-        name,
-        stage,
-        paper,
-        parameters,
-        " / ".join(percent(row["score"]) if row else NOTHING for row in scores),
+        " / ".join(percent(results.score(plan)) for plan in judged),
         ratio(timing["kv_bytes"] / timing["kv_bytes_dense"]) if timing else NOTHING,
         ratio(timing["ttft_ratio"]["median"]) if timing else NOTHING,
         ratio(timing["tpot_ratio"]["median"]) if timing else NOTHING,
@@ -202,15 +237,12 @@ def _stage(
     yield "\n".join(f"- **{kind.__name__}**: {first_sentence(kind)}" for kind, _ in found)
     timed = [plan for _, setting in found for plan in setting.timed]
     judged = [plan for _, setting in found for plan in setting.judged]
-    times = _times(timed, results)
+    times = _times([DENSE, *timed], results)
     if times:
-        yield _table(
-            ["plan", "prompt", "first token", "", "each token", "", "KV held, MiB", "", "peak"],
-            times,
-        )
+        yield _table(["plan", "prompt", *_TIMES], times)
     scores = _scores([DENSE, *judged], results)
     if scores:
-        yield _table(["plan", "prompt", *results.tasks, "mean", "KV held"], scores)
+        yield _table(["plan", "prompt", *results.tasks, "mean, %", "KV held"], scores)
 
 
 def _times(plans: Iterable[str], results: Results) -> list[list[str]]:
@@ -257,7 +289,7 @@ def _scores(plans: Iterable[str], results: Results) -> list[list[str]]:
 def first_sentence(kind: type[Method]) -> str:
     """How a class describes itself, up to the first full stop that ends a sentence."""
     text = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
-    return re.split(r"(?<=\.) ", text, maxsplit=1)[0]
+    return re.split(r"(?<=\S\.) ", text, maxsplit=1)[0]
 
 
 def _paper(paper: str) -> str:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from methods_plans import BUDGETS, DENSE, SETTINGS
+from methods_plans import BUDGETS, DENSE, SETTINGS, Setting
 from tamis.bench.text import length_text
 from tamis.methods.base import STAGES, Method
 
@@ -23,6 +23,7 @@ _LESS, _MORE, _EXACT = "#0b6e4f", "#b3541e", "#777777"
 _SHADES = ("#9fd3c0", "#4da184", "#0b6e4f")
 _FIXED = "#444444"
 _TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+_APART = 0.24  # of the dots of one method
 _LEFT = 0.02  # where the bars of nothing at all begin
 
 
@@ -38,9 +39,9 @@ def draw(kinds: Mapping[str, type[Method]], results: Results, path: Path) -> Non
     _bars(axes[0], [t["ttft_ratio"]["median"] for t in timings], f"first token, {where}")
     _bars(axes[1], [t["tpot_ratio"]["median"] for t in timings], f"each token, {where}")
     _bars(axes[2], [t["kv_bytes"] / t["kv_bytes_dense"] for t in timings], f"KV held, {where}")
-    _dots(axes[3], [s.judged for s in settings], results)
+    _dots(axes[3], settings, results)
     axes[0].set_yticks(range(len(settings)), [kinds[s.method].__name__ for s in settings])
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(settings) - 0.4, -0.6)
     stages = [STAGES.index(kinds[s.method].stage) for s in settings]
     for ax in axes:
         for place, (one, other) in enumerate(pairwise(stages)):
@@ -78,24 +79,24 @@ def _bars(axes: Axes, values: Sequence[float], title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
-def _dots(axes: Axes, judged: Sequence[Sequence[str]], results: Results) -> None:
+def _dots(axes: Axes, settings: Sequence[Setting], results: Results) -> None:
     """Scores in percent: three of methods that have a budget, one of the others."""
-    for row, plans in enumerate(judged):
-        budgeted = len(plans) == len(BUDGETS)
-        for plan, shade in zip(plans, _SHADES if budgeted else (_FIXED,), strict=True):
-            found = results.quality(plan)
-            if found is not None and found["score"] is not None:
-                marker = "o" if budgeted else "D"
-                axes.plot(100 * found["score"], row, marker, color=shade, markersize=5)
-    dense = results.quality(DENSE)
-    if dense is not None and dense["score"] is not None:
-        axes.axvline(100 * dense["score"], color=_EXACT, linewidth=0.8)
+    for row, setting in enumerate(settings):
+        marker, shades = ("o", _SHADES) if setting.budgeted else ("D", (_FIXED,))
+        for place, (plan, shade) in enumerate(zip(setting.judged, shades, strict=True)):
+            score = results.score(plan)
+            if score is not None:  # beside one another, so that equal scores stay visible
+                height = row + _APART * (place - (len(shades) - 1) / 2)
+                axes.plot(100 * score, height, marker, color=shade, markersize=4)
+    dense = results.score(DENSE)
+    if dense is not None:
+        axes.axvline(100 * dense, color=_EXACT, linewidth=0.8)
     for share, shade in zip(BUDGETS, _SHADES, strict=True):
         axes.plot([], [], "o", color=shade, markersize=5, label=f"{100 * share:.0f} %")
-    axes.plot([], [], "D", color=_FIXED, markersize=5, label="none")
+    axes.plot([], [], "D", color=_FIXED, markersize=5, label="has none")
     axes.set_xlim(-3, 103)
     if results.judged_lengths:
-        axes.set_title(f"score, %, {length_text(max(results.judged_lengths))}", fontsize=9)
+        axes.set_title(f"score, %, {results.judged_text}", fontsize=9)
     axes.legend(
         title="budget", frameon=False, fontsize=7, title_fontsize=7, loc="upper left",
         bbox_to_anchor=(1, 1),

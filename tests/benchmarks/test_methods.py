@@ -7,16 +7,22 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 import methods
 import methods_page
+import methods_parts
+from methods_parts import Remaining, Settings
 from methods_plans import BUDGETS, DENSE, QUEST, SETTINGS, SNAPKV, Setting
 from methods_summary import GOALS, goal_rows, quality_rows, timing_rows
-from methods_timing import Bench, Request, Round
+from methods_timing import Bench, Case, Request, Round
 from tamis import LLM
 from tamis.bench.results import Answer, ResultFile
-from tamis.cli.reporting import record_of
+from tamis.bench.runner import open_work
+from tamis.bench.suites import generated
+from tamis.bench.tasks.samples import Suite
 from tamis.errors import ConfigError, RequestError
 from tamis.methods.base import Evict
 from tamis.plan import Plan
@@ -24,7 +30,10 @@ from tamis.plan import Plan
 
 @pytest.fixture(scope="module")
 def bench(shape, tmp_path_factory) -> Bench:
-    return Bench(shape, tmp_path_factory.mktemp("bench"), new_tokens=6, short=100)
+    return Bench(shape, tmp_path_factory.mktemp("bench"), short=100)
+
+
+CASE = Case(200, rounds=1, new_tokens=6)
 
 
 def a_round(plan: str = SNAPKV, length: int = 32_768, **others) -> Round:
@@ -87,8 +96,8 @@ def test_goals_are_about_plans_that_are_timed():
     assert {plan for goal in GOALS for plan in goal.plans} <= timed
 
 
-def test_a_round_times_a_plan_beside_exact_attention(bench, shape):
-    row = bench.compare("snapkv(budget=64, window=8)", 300, 0)
+def test_a_round_times_a_plan_beside_exact_attention(bench):
+    row = bench.compare("snapkv(budget=64, window=8)", replace(CASE, length=300), 0)
     assert row.output_tokens == 6
     assert row.kv_bytes < row.kv_bytes_dense / 2
     assert row.kv_bytes_peak >= row.kv_bytes
@@ -99,19 +108,43 @@ def test_a_round_times_a_plan_beside_exact_attention(bench, shape):
     assert seconds[0] <= row.ttft_s + 1e-6 < seconds[-1]
 
 
-def test_exact_attention_is_timed_against_itself(bench):
-    row = bench.compare(DENSE, 200, 1)
-    assert (row.ttft_s, row.tpot_s) == (row.dense_ttft_s, row.dense_tpot_s)
+def test_exact_attention_is_timed_beside_itself(bench):
+    row = bench.compare(DENSE, CASE, 1)
+    assert row.ttft_s != row.dense_ttft_s
     assert row.kv_bytes == row.kv_bytes_peak == row.kv_bytes_dense
+
+
+def test_plans_may_share_a_prompt_of_exact_attention(bench):
+    case = replace(CASE, exact_every=2)
+    plans = (DENSE, "h2o(budget=32)", "streamingllm(budget=32)")
+    one, two, three = (bench.compare(plan, case, 0) for plan in plans)
+    assert one.dense_ttft_s == two.dense_ttft_s != three.dense_ttft_s
+    assert one.dense_tpot_s != two.dense_tpot_s
+    assert bench.compare(DENSE, case, 1).dense_ttft_s != three.dense_ttft_s
+
+
+def test_no_prompt_is_given_twice(bench, monkeypatch):
+    prompts = []
+    init = Request.__init__
+
+    def recorded(self, llm, prompt, *others):
+        prompts.append(tuple(prompt))
+        init(self, llm, prompt, *others)
+
+    monkeypatch.setattr(Request, "__init__", recorded)
+    bench.warm_up(DENSE)
+    for plan in (DENSE, "h2o(budget=32)"):
+        bench.compare(plan, CASE, 0)
+    assert len(prompts) == len(set(prompts)) == 9
 
 
 def test_fitted_methods_run_on_random_weights(bench):
     for plan in ("duoattention(recent=8)", "razorattention(buffer=8)"):
-        assert bench.compare(plan, 200, 0).kv_bytes > 0
+        assert bench.compare(plan, CASE, 0).kv_bytes > 0
 
 
 def test_a_round_leaves_no_page_behind(bench):
-    bench.compare("h2o(budget=32)", 200, 0)
+    bench.compare("h2o(budget=32)", CASE, 0)
     engines = (bench._planned, bench._dense, bench._short)
     assert [llm.engine.cache.bytes_in_use for llm in engines] == [0, 0, 0]
 
@@ -122,20 +155,14 @@ def test_seconds_per_token_count_the_tokens_of_a_step():
     assert request.tpot_s == pytest.approx(0.004 / 2)
 
 
-def small(**others) -> methods.Settings:
-    return replace(
-        methods.Settings(),
-        lengths=(64, 128),
-        once_from=128,
-        repeat=2,
-        new_tokens=4,
-        short=32,
-        **others,
-    )
+def small(**others) -> Settings:
+    cases = (Case(64, rounds=2, new_tokens=4), Case(128, rounds=1, new_tokens=4, exact_every=2))
+    return replace(Settings(), cases=cases, short=32, **others)
 
 
 def test_long_prompts_are_timed_once_and_all_methods_before_any_twice():
-    assert list(small().rounds([Setting("a", ("a()", "b()"), ())])) == [
+    rounds = small().rounds([Setting("a", ("a()", "b()"), ())])
+    assert [(plan, case.length, repeat) for plan, case, repeat in rounds] == [
         ("dense", 64, 0),
         ("a()", 64, 0),
         ("b()", 64, 0),
@@ -148,20 +175,48 @@ def test_long_prompts_are_timed_once_and_all_methods_before_any_twice():
     ]
 
 
+def test_the_time_left_follows_from_the_work_done():
+    times = iter((0.0, 30.0, 3000.0))
+    remaining = Remaining(10.0, clock=lambda: next(times))
+    remaining.done(4.0)
+    assert str(remaining) == "45 s left"
+    remaining.done(1.0)
+    assert str(remaining) == "50 min left"
+
+
 def test_a_run_goes_on_where_it_stopped_and_past_a_plan_that_fails(shape, tmp_path):
-    wanted, out = small(shape=shape), Console(file=io.StringIO())
+    wanted, said = small(shape=shape), io.StringIO()
     settings = [Setting("x", ("kivi(group_size=60)", "snapkv(budget=16, window=4)"), ())]
     path = tmp_path / "timings.jsonl"
     with ResultFile(path, Round) as file:
-        failures = methods.time_plans(wanted, settings, file, out)
+        failures = methods_parts.time_plans(wanted, settings, file, Console(file=said))
         assert list(failures) == ["kivi(group_size=60)"]
         assert len(file.rows) == 6
+    assert said.getvalue().count("left") == 6
+    assert said.getvalue().count("FAILED") == 1
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-1]) + "\n")
     with ResultFile(path, Round) as file:
-        methods.time_plans(wanted, settings, file, out)
+        methods_parts.time_plans(wanted, settings, file, Console(file=io.StringIO()))
         assert [row.key for row in file.rows[5:]] == [("snapkv(budget=16, window=4)", 128, 0)]
         assert isinstance(file.rows[0], Round)
+
+
+def test_a_bug_in_one_plan_ends_no_other(shape, tmp_path, monkeypatch):
+    compare = Bench.compare
+
+    def broken(self, plan, case, repeat):
+        if plan != DENSE:
+            raise IndexError("beyond the end")
+        return compare(self, plan, case, repeat)
+
+    monkeypatch.setattr(Bench, "compare", broken)
+    wanted = replace(small(shape=shape), cases=(Case(64, rounds=2, new_tokens=4),))
+    settings = [Setting("x", ("h2o(budget=16)",), ())]
+    with ResultFile(tmp_path / "timings.jsonl", Round) as file:
+        failures = methods_parts.time_plans(wanted, settings, file, Console(file=io.StringIO()))
+        assert failures == {"h2o(budget=16)": "IndexError: beyond the end"}
+        assert [row.key for row in file.rows] == [(DENSE, 64, 0), (DENSE, 64, 1)]
 
 
 class Broken(Evict):
@@ -237,41 +292,155 @@ def test_scores_are_means_by_task_and_failures_are_counted():
     assert row["kv_share"] == 0.25
 
 
+@pytest.fixture(scope="module")
+def reference() -> LLM:
+    return LLM("reference", kv_memory="256MiB")
+
+
+def test_answers_are_given_once_and_what_failed_is_tried_again(reference, tmp_path):
+    exercises = generated(reference, [Suite("single", 256, 2)], tmp_path / "samples")
+    settings = [Setting("x", (), ("snapkv(budget=0.5)",))]
+    said = io.StringIO()
+    with ResultFile(tmp_path / "answers.jsonl", Answer) as file:
+        left = methods_parts.work_left(exercises, settings, file.rows)
+        assert list(left) == [DENSE, "snapkv(budget=0.5)"]
+        assert methods_parts.judge_plans(reference, left, file, Console(file=said)) == {}
+        assert len(file.rows) == 4
+        assert "answers 2/2: snapkv(budget=0.5): score" in said.getvalue()
+        assert methods_parts.work_left(exercises, settings, file.rows) == {}
+        file.append(replace(file.rows[-1], score=None, error="broken"))
+        failed = replace(file.rows[-1], plan="h2o()")
+        assert methods_parts.work_left(exercises, settings, [*file.rows[:4], failed]) == {}
+
+
+def test_a_plan_that_cannot_answer_ends_no_other(reference, tmp_path):
+    exercises = generated(reference, [Suite("single", 256, 1)], tmp_path / "samples")
+    plans = {"broken": Plan.parse(Broken()), DENSE: Plan()}
+    left = {name: open_work(exercises, {name: plan}, ()) for name, plan in plans.items()}
+    said = io.StringIO()
+    with ResultFile(tmp_path / "answers.jsonl", Answer) as file:
+        failures = methods_parts.judge_plans(reference, left, file, Console(file=said))
+        assert list(failures) == ["broken"]
+        assert "no scores" in failures["broken"]
+        assert [row.score is None for row in file.rows] == [True, False]
+    assert "answers 1/2: broken: 1 FAILED" in said.getvalue()
+
+
 @pytest.fixture
-def results(conditions) -> methods_page.Results:
+def tiny(shape, monkeypatch):
+    """The sizes of a run that takes seconds."""
+    wanted = small(shape=shape, tasks=("single",), judged_lengths=(256,), samples=1)
+    monkeypatch.setattr(methods, "Settings", lambda threads: wanted)
+    app = typer.Typer()
+    app.command()(methods.main)
+    return lambda *given: CliRunner().invoke(app, [*map(str, given), "--threads", "1"])
+
+
+def test_parts_of_a_run_complete_each_other(tiny, tmp_path):
+    given = ("--only", "snapkv", "--out", tmp_path, "--json", tmp_path / "summary.json")
+
+    def run(*others):
+        found = tiny(*given, *others)
+        assert found.exit_code == 0, found.output
+        return json.loads((tmp_path / "summary.json").read_text()), found.output
+
+    timed, _ = run("--timings-only")
+    assert list(timed["runs"]) == ["timings"]
+    assert len(timed["timings"]) == 4
+    assert timed["quality"] == []
+    both, output = run("--quality-only")
+    assert list(both["runs"]) == ["timings", "answers"]
+    assert both["timings"] == timed["timings"]
+    assert [row["plan"] for row in both["quality"]] == [
+        DENSE, *(f"snapkv(budget={share})" for share in BUDGETS),
+    ]  # fmt: skip
+    assert "snapkv" in output
+    again, output = run()
+    assert again == both
+    assert "times " not in output
+    assert "answers " not in output
+
+
+def test_times_of_another_machine_are_not_gone_on_with(tiny, tmp_path):
+    given = ("--timings-only", "--out", tmp_path, "--json", tmp_path / "summary.json")
+    assert tiny("--only", "snapkv", *given).exit_code == 0
+    record = json.loads((tmp_path / "timings.json").read_text())
+    record["machine"]["processor"] = "an abacus"
+    (tmp_path / "timings.json").write_text(json.dumps(record))
+    found = tiny("--only", "quest", *given)
+    assert found.exit_code == 1
+    assert "an abacus" in found.output
+
+
+def test_an_interrupted_run_says_how_it_goes_on(tiny, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "compare", interrupted)
+    found = tiny("--out", tmp_path / "out", "--json", tmp_path / "summary.json")
+    assert found.exit_code == 130
+    assert "the same command goes on" in found.output
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_two_parts_that_exclude_each_other_are_refused(tiny, tmp_path):
+    found = tiny("--timings-only", "--quality-only", "--out", tmp_path)
+    assert found.exit_code == 1
+    assert "nothing to measure" in found.output
+
+
+@pytest.fixture
+def results(tmp_path) -> methods_page.Results:
     rounds = [a_round(DENSE, tpot_s=0.004, ttft_s=2.0, kv_bytes=400), a_round(kv_bytes=50)]
-    answers = [an_answer(DENSE, 1.0), an_answer("snapkv(budget=0.25)", 0.5)]
-    summary = methods.summary(record_of(conditions), methods.Settings(), rounds, answers)
-    return methods_page.Results(json.loads(json.dumps(summary, default=str)))
+    answers = [
+        an_answer(DENSE, 1.0),
+        an_answer("snapkv(budget=0.25)", 0.5),
+        an_answer(DENSE, 1.0, length=8192),
+        an_answer("snapkv(budget=0.25)", 0.25, length=8192),
+        an_answer("snapkv(budget=0.5)", 1.0),
+    ]
+    for name, rows in (("timings", rounds), ("answers", answers)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        methods.keep_record(CONDITIONS, tmp_path / f"{name}.json")
+    found, _ = methods.summary(tmp_path, Settings())
+    return methods_page.Results(json.loads(json.dumps(found, default=str)))
 
 
-@pytest.fixture
-def conditions() -> methods.Conditions:
-    return methods.Conditions(
-        model="reference",
-        parameters=1,
-        dtype="float32",
-        device="cpu",
-        haystack="",
-        samples=2,
-        seed=0,
-        kinds=("word",),
-        phrasings=("natural",),
-        chat=False,
-        truncate=False,
-        new_tokens=6,
-    )
+CONDITIONS = methods.Conditions(
+    model="reference",
+    parameters=1,
+    dtype="float32",
+    device="cpu",
+    haystack="",
+    samples=2,
+    seed=0,
+    kinds=("word",),
+    phrasings=("natural",),
+    chat=False,
+    truncate=False,
+    new_tokens=6,
+)
 
 
 def test_the_page_shows_what_was_measured(results):
     text = methods_page.page(methods_page.own_methods(), results, "A note.")
     (row,) = [line for line in text.splitlines() if line.startswith("| [SnapKV]")]
-    assert row.endswith("| – / 50.0 / – | 0.12× | 0.50× | 0.25× |")  # noqa: RUF001
+    assert row.endswith("| – / 37.5 / – | 0.12× | 0.50× | 0.25× |")  # noqa: RUF001
     (goal,) = [line for line in text.splitlines() if line.startswith("| decode against dense")]
     assert goal.endswith("| 1.00× | ≤ 1.20× | met |")  # noqa: RUF001
     assert f"| `{SNAPKV}` | 32k | 1.00 s | 0.50× |" in text  # noqa: RUF001
     assert "A note." in text
-    assert "2 documents per task and length" in text
+    assert "Prompts of 32k tokens once" in text
+    assert "over 4k and 8k is the mean of 2 answers" in text
+    assert "up to 35 points" in text
+
+
+def test_first_sentences_do_not_end_in_a_formula():
+    class Some(Evict):
+        """Scores are `q . k` of all. Then more."""
+
+    assert methods_page.first_sentence(Some) == "Scores are `q . k` of all."
 
 
 def test_the_picture_has_every_method_that_was_measured(results, tmp_path):
