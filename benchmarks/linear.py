@@ -28,7 +28,7 @@ from tamis.platform import DTYPES, cpu_features, native_module
 from timing import Spread, in_turns
 
 SIZES = ((128, 512), (512, 512), (1408, 512), (512, 1408), (4096, 512), (2048, 2048))
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 4, 16, 32, 64, 128, 256)
 BYTES = 48 << 20
 """Of all weights that a run reads."""
 PROMPT, TOKENS = 1000, 20
@@ -75,11 +75,14 @@ def decode_step(rounds: int) -> None:
         engine = Tamis(Path(folder))
     engine.prefill(range(3, 3 + PROMPT))
 
-    def decode(max_rows: int) -> float:
-        layers.MAX_ROWS = max_rows  # with 0 every layer takes torch's way
+    def decode(most: int, few: int) -> float:
+        layers.MAX_ROWS, layers.FEW_ROWS = most, few  # with 0 every layer takes torch's way
         return engine.decode(TOKENS)
 
-    turns = {"kernel": partial(decode, layers.MAX_ROWS), "torch": partial(decode, 0)}
+    turns = {
+        "kernel": partial(decode, layers.MAX_ROWS, layers.FEW_ROWS),
+        "torch": partial(decode, 0, 0),
+    }
     print("\nlayers by  ms per token at 1k (least, greatest)")
     for name, times in in_turns(turns, rounds + 1).items():
         spread = Spread.of([1e3 * seconds for seconds in times[1:]])

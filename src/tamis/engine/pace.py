@@ -19,21 +19,24 @@ class Costs:
 
     Attributes:
         decode_s: seconds of a step that only decodes; None before the first.
-        prompt_token_s: seconds that one token of a prompt adds to a step; None before the first.
+        prompt_token_s: seconds per prompt token of a step that computes prompts only; None before
+            the first.
+        mixing_s: what a step with both costs beyond the sum of its two parts; 0 before the first.
     """
 
     decode_s: float | None = None
     prompt_token_s: float | None = None
+    mixing_s: float = 0.0
 
     def observe(self, seconds: float, n_decoding: int, n_prompt: int) -> None:
         """Learn from a step of `n_decoding` decoding sequences and `n_prompt` prompt tokens."""
-        if not n_prompt:
-            if n_decoding:
-                self.decode_s = _averaged(self.decode_s, seconds)
-            return
-        own = seconds - (self.decode_s or 0.0) if n_decoding else seconds
-        # What a noisy step seems to have cost less than nothing has cost at least a part of itself.
-        self.prompt_token_s = _averaged(self.prompt_token_s, max(own, 0.1 * seconds) / n_prompt)
+        if n_prompt and not n_decoding:
+            self.prompt_token_s = _averaged(self.prompt_token_s, seconds / n_prompt)
+        elif n_decoding and not n_prompt:
+            self.decode_s = _averaged(self.decode_s, seconds)
+        elif self.decode_s is not None and self.prompt_token_s is not None:
+            parts = self.decode_s + n_prompt * self.prompt_token_s
+            self.mixing_s = _averaged(self.mixing_s, seconds - parts)
 
 
 class Pace(ABC):
@@ -75,8 +78,8 @@ class Steady(Pace):
         if not n_decoding:
             return budget
         if costs.decode_s is None or costs.prompt_token_s is None:
-            return min(budget, _LEAST)  # the first such step is for learning what it costs
-        spare = (self.slowdown - 1) * costs.decode_s
+            return min(budget, _LEAST)
+        spare = (self.slowdown - 1) * costs.decode_s - costs.mixing_s
         return min(budget, max(_LEAST, int(spare / costs.prompt_token_s)))
 
 

@@ -1,7 +1,8 @@
 """Linear layers of a few rows at the speed of memory.
 
 A decode step multiplies every weight of the model with a handful of rows, so it takes the time of
-reading the weights. torch's products are made for many rows and need two to three times that.
+reading the weights. torch's products are made for many rows and need two to three times that; and
+still more than the kernel where a small chunk of a prompt joins the step.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tamis.platform import NATIVE_DTYPES, native_for, native_module
+from tamis.platform import NATIVE_DTYPES, cpu_features, native_for, native_module
 
 _SERVED = (torch.float16, torch.bfloat16)
 
-MAX_ROWS = 16
-"""Up to so many rows the kernel is no slower than torch for any matrix (docs/kernels.md)."""
+MAX_ROWS = 256
+"""Up to so many rows the kernel is no slower than torch for about any matrix where bf16 is
+multiplied by AVX512-BF16 (docs/kernels.md)."""
+
+FEW_ROWS = 16
+"""The same for fp16, which is multiplied as floats, and where torch has AMX or the kernel has
+nothing better than floats."""
 
 
 def linear(
@@ -69,7 +75,7 @@ def linear(
 def small_batches(network: nn.Module) -> None:
     """Give every `nn.Linear` of a model in fp16 or bf16 on the CPU the kernel for a few rows.
 
-    Only instances are changed. Inputs of more than `MAX_ROWS` rows and all of autograd take torch's
+    Only instances are changed. Inputs of more rows than `max_rows` and all of autograd take torch's
     way as before. Layers in fp32 keep torch, whose bits greedy decoding promises to reproduce;
     subclasses of `nn.Linear` keep their own forward. Nothing is changed where the compiled kernels
     are missing or TAMIS_BACKEND forbids them.
@@ -78,6 +84,13 @@ def small_batches(network: nn.Module) -> None:
         if type(module) is nn.Linear and _served(module):
             # A method, for a deep copy of the module binds it to the copy.
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def max_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows the kernel runs here for weights of a dtype."""
+    cpu = cpu_features()
+    pairs = dtype == torch.bfloat16 and cpu.avx512_bf16 and not cpu.amx
+    return MAX_ROWS if pairs else FEW_ROWS
 
 
 def _served(module: nn.Linear) -> bool:
@@ -100,7 +113,7 @@ def _alike(x: torch.Tensor, weight: torch.Tensor) -> bool:
     the kernel, and torch says best what is wrong with an input."""
     width = weight.shape[1]
     return (
-        0 < x.numel() <= MAX_ROWS * width
+        0 < x.numel() <= max_rows(x.dtype) * width
         and x.shape[-1] == width
         and x.dtype == weight.dtype
         and x.dtype in _SERVED
