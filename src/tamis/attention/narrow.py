@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -59,7 +58,7 @@ def narrowed(
     extension = native_for(backend, kv.tables, chosen)
     run = _reference if extension is None else _native
     tables, lengths = run(extension, kv, chosen, before)
-    return replace(kv, tables=tables, lengths=lengths)
+    return PagedKV(kv.data, kv.format, tables, lengths)
 
 
 def _reference(
@@ -87,22 +86,23 @@ def _native(
     chosen = chosen if chosen.stride(2) == 1 else chosen.contiguous()
     before = before.contiguous() if before is not None else None
     tables, lengths = kv.tables.new_empty(chosen.shape), kv.lengths.new_empty(kv.lengths.shape)
+    # By position: names cost more than the work.
     extension.narrow(
-        n=chosen.shape[0],
-        kv_heads=chosen.shape[1],
-        page_size=kv.format.page_size,
-        tables=kv.tables.data_ptr(),
-        tables_row_stride=kv.tables.stride(0),
-        tables_head_stride=kv.tables.stride(1),
-        lengths=kv.lengths.data_ptr(),
-        lengths_row_stride=kv.lengths.stride(0),
-        lengths_head_stride=kv.lengths.stride(1),
-        chosen=chosen.data_ptr(),
-        chosen_row_stride=chosen.stride(0),
-        chosen_head_stride=chosen.stride(1),
-        count=chosen.shape[2],
-        before=before.data_ptr() if before is not None else 0,
-        out_tables=tables.data_ptr(),
-        out_lengths=lengths.data_ptr(),
+        chosen.shape[0],
+        chosen.shape[1],
+        kv.format.page_size,
+        kv.tables.data_ptr(),
+        kv.tables.stride(0),
+        kv.tables.stride(1),
+        kv.lengths.data_ptr(),
+        kv.lengths.stride(0),
+        kv.lengths.stride(1),
+        chosen.data_ptr(),
+        chosen.stride(0),
+        chosen.stride(1),
+        chosen.shape[2],
+        before.data_ptr() if before is not None else 0,
+        tables.data_ptr(),
+        lengths.data_ptr(),
     )
     return tables, lengths

@@ -134,21 +134,22 @@ def top_pages(
     q = q if q.stride(2) == 1 else q.contiguous()
     n, kv_heads = kv.lengths.shape
     out = kv.lengths.new_empty((n, kv_heads, count), dtype=torch.int64)
+    # By position: names cost as much as a layer's pages.
     extension.top_pages(
-        isa=isa or "",
-        threads=torch.get_num_threads(),
-        dtype=NATIVE_DTYPES[q.dtype],
-        n=n,
-        q_heads=q.shape[1],
-        kv_heads=kv_heads,
-        k_dim=q.shape[2],
-        q=q.data_ptr(),
-        q_row_stride=q.stride(0),
-        q_head_stride=q.stride(1),
-        before=_bounded(before, low, high),
-        pages=_bounded(kv, low, high),
-        count=count,
-        out=out.data_ptr(),
+        isa or "",
+        torch.get_num_threads(),
+        NATIVE_DTYPES[q.dtype],
+        n,
+        q.shape[1],
+        kv_heads,
+        q.shape[2],
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        _bounded(before, low, high),
+        _bounded(kv, low, high),
+        count,
+        out.data_ptr(),
     )
     return out
 

@@ -84,11 +84,11 @@ def _check(q: torch.Tensor, pages: PagedKV, low: str, high: str) -> None:
         raise ValueError(
             f"tables and lengths must be torch.int32, got {tables.dtype} and {lengths.dtype}"
         )
-    fields = {field.name: field for field in pages.format.fields}
+    format = pages.format
     for name in (low, high):
-        field = fields.get(name)
+        field = format.field(name) if name in format.offsets else None
         if field is None or (field.dtype, field.width, field.rows) != (q.dtype, q.shape[2], 1):
             raise ValueError(
                 f"{name!r} must be a field of one row of {q.shape[2]} {q.dtype} per page; the "
-                f"pages have {field or [*fields]}"
+                f"pages have {format.fields}"
             )

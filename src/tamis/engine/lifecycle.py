@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from tamis.attention.observe import column_sums, decode_weights
 from tamis.cache import Field, OutOfPages, PagedKV, SequenceCache
-from tamis.cache.pool import IntArray
 from tamis.engine import eviction, stores
 from tamis.engine.program import Aside
 from tamis.engine.trace import Trace
@@ -43,8 +42,7 @@ class LayerLife:
         similarity: sum of cosine similarities over tokens, and their number.
         dropped: sums of the keys and values that streaming heads dropped, and their number, fp32
             [kv_heads, k_dim], [kv_heads, v_dim] and [kv_heads].
-        summarized: full pages of each head whose summaries are up to date, int32 [kv_heads]; 0 for
-            none of any head.
+        summarized: full pages of each head whose summaries are up to date; 0 for none of any.
         watched: the last queries of a pass that are observed, and their positions.
     """
 
@@ -56,7 +54,7 @@ class LayerLife:
     values: tuple[Tensor | None, int] = (None, 0)
     similarity: tuple[float, int] = (0.0, 0)
     dropped: tuple[Tensor, Tensor, Tensor] | None = None
-    summarized: IntArray | int = 0
+    summarized: list[int] | Literal[0] = 0
     watched: tuple[Tensor, Tensor] | None = None
 
 
@@ -159,7 +157,7 @@ class Lifecycle:
         self._done = n_tokens
         for layer, shape in zip(self.layers, self.shape.layers, strict=True):
             if shape.window is None:
-                layer.summarized = n_tokens // self.cache.layout.page_size
+                layer.summarized = [n_tokens // self.cache.layout.page_size] * shape.kv_heads
 
     @property
     def listens(self) -> bool:

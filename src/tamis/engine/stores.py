@@ -145,7 +145,7 @@ def encoded_pages(life: Lifecycle, layer: int) -> PagedKV | None:
 
 def summary(life: Lifecycle, layer: int, name: str) -> Tensor:
     """A summary of every page that has one, encoded pages first: [kv_heads, pages, width]."""
-    full = int(np.max(life.layers[layer].summarized))
+    full = max(life.layers[layer].summarized or [0])
     live = life.cache.summaries(layer, name)[:, :full].flatten(2)
     encoded = encoded_lengths(life, layer) // life.cache.layout.page_size
     most = int(encoded.max())
@@ -221,7 +221,8 @@ def _encode_pages(life: Lifecycle, layer: int, n_pages: np.ndarray) -> None:
         position = cache.column(layer, POSITION)[:, : most * size]
         fields[POSITION] = _in_pages(_padded(position, most * size), size)
     cache.unshare(range(layer, layer + 1))
-    life.layers[layer].summarized = np.maximum(life.layers[layer].summarized - n_pages, 0)
+    if summarized := life.layers[layer].summarized:
+        life.layers[layer].summarized = np.maximum(np.array(summarized) - n_pages, 0).tolist()
     per_token = {c.name for c in _codec_columns(life, layer) if c.rows is None}
     for n in np.unique(n_pages[n_pages > 0]).tolist():
         heads = np.flatnonzero(n_pages == n).tolist()
@@ -279,15 +280,15 @@ def _summarize(life: Lifecycle) -> None:
     select, cache = life.plan.select, life.cache
     assert select is not None
     size = cache.layout.page_size
-    full = cache.lengths // size
+    full = (cache.lengths // size).tolist()
     for layer in _whole_layers(life):
         mine, now = life.layers[layer], full[cache.layout.rows(layer)]
-        grown = now > mine.summarized
-        if not grown.any():
+        if now == mine.summarized:
             continue
+        before = mine.summarized or [0] * len(now)
+        grown = [(old, new) for old, new in zip(before, now, strict=True) if new > old]
         # From the first page that any head has filled to the last: of the others nothing changes.
-        begin = int(np.broadcast_to(mine.summarized, now.shape)[grown].min())
-        end = int(now[grown].max())
+        begin, end = min(grown, default=(0, 0))[0], max((new for _, new in grown), default=0)
         for first in range(begin, end, _PIECE):
             last = min(first + _PIECE, end)
             k = _padded(cache.keys_values(layer, first * size, last * size)[0], size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -174,10 +174,11 @@ class DecodeQuery(_View):
 
     def top_pages(self, low: str, high: str, count: int) -> Tensor:
         cache = self._life.cache
+        pages = self._pages
         format = cache.pool(cache.layout.rows(self.layer)).format  # with the plan's columns
         return observe.top_pages(
             self.q[None],
-            replace(self._pages, format=format),
+            PagedKV(pages.data, format, pages.tables, pages.lengths),
             count,
             low=low,
             high=high,
