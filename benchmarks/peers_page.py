@@ -69,11 +69,12 @@ def _opening(summary: Row) -> str:
     machine, rates = summary["machine"], summary["rates"]
     days = sorted({date[:10] for date in summary["dates"]})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
-    versions = "; ".join(
-        f"{name}: {', '.join(packages)}" for name, packages in summary["versions"]["peers"].items()
+    versions = "\n".join(
+        f"  - {name}: {', '.join(packages)}"
+        for name, packages in summary["versions"]["peers"].items()
     )
-    models = "; ".join(
-        f"**{model}**: hidden {shape.hidden}, {shape.layers} layers, {shape.q_heads} heads on "
+    models = "\n".join(
+        f"  - **{model}**: hidden {shape.hidden}, {shape.layers} layers, {shape.q_heads} heads on "
         f"{shape.kv_heads} KV heads of {shape.head_dim}, vocabulary {shape.vocab:,}, "
         f"{shape.parameters / 1e6:.0f} M parameters"
         for model in dict.fromkeys(row["model"] for row in summary["series"])
@@ -89,8 +90,10 @@ beside what the machine allows.
 
 - Machine: {machine["cores"]}-core {machine["cpu"]}, {", ".join(machine["instruction_sets"])}, torch
   {machine["torch"]}, two threads for every engine; {when}.
-- Models: Llamas of random weights in bf16. {models}.
-- Peers: {versions}. llama.cpp is compiled for the machine and has bf16 weights too.
+- Models: Llamas of random weights in bf16.
+{models}
+- Peers; llama.cpp is compiled for the machine and has bf16 weights too:
+{versions}
 - Times are medians of samples taken in turns, each engine in a process of its own, with the least
   and the greatest in brackets. One sample has none.
 - Limits: floating point operations of a prompt over the bf16 matmul rate, and bytes of weights and

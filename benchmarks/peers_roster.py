@@ -75,7 +75,7 @@ DROPPING = (
     *("tamis, snapkv", "tamis, streamingllm", "tamis, lagkv"),
 )
 CROWDS = (TAMIS, TRANSFORMERS, CONTINUOUS, LLAMA_CPP)
-GROWING = (TAMIS, "tamis, kivi 4-bit", "tamis, snapkv", "tamis, minference + snapkv")
+SHORTENED = ("tamis, snapkv", "tamis, minference + snapkv")
 
 MODELS = {
     "27M": LlamaShape(max_tokens=131_072 + 1024),
@@ -139,9 +139,10 @@ PARTS = (
     _series("0.5B", 2048, "dense", DENSE, prefills=2),
     _series("0.5B", 8192, "dense", EXACT, prefills=1),
     _crowd("0.5B", 8, 512, 32, rounds=1),
-    _series("27M", 65_536, "growing", GROWING, prefills=1),
-    _series("27M", 131_072, "growing", GROWING[1:], prefills=1),
-    _series("27M", 131_072, "growing, dense", (TAMIS,), prefills=1),
+    _series("27M", 65_536, "exact", EXACT[:2], prefills=1),
+    _series("27M", 65_536, "plans", SHORTENED, prefills=1),
+    _series("27M", 131_072, "plans", SHORTENED[1:], prefills=1),
+    _series("27M", 131_072, "dense", (TAMIS,), prefills=1),
 )
 """The whole comparison; each part takes some minutes."""
 

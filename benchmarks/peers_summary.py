@@ -78,11 +78,12 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
 def _series(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Of one request: a row per model, context and engine, over all parts that measured it."""
 
-    def place(record: Record) -> tuple[str, int]:
-        return record["part"]["model"], record["part"]["tokens"]
+    def place(record: Record) -> tuple[int, str, int]:
+        part = record["part"]
+        return shape_of(part["model"]).parameters, part["model"], part["tokens"]
 
     rows = []
-    for (model, tokens), group in itertools.groupby(sorted(records, key=place), place):
+    for (_, model, tokens), group in itertools.groupby(sorted(records, key=place), place):
         parts = list(group)
         rates = best_rates([Rates(**part["rates"]) for part in parts])
         for engine in ENGINES:
