@@ -30,8 +30,8 @@ def test_steady_lets_prompts_have_all_while_nobody_decodes() -> None:
 
 
 def test_steady_is_careful_while_it_knows_nothing_and_never_stops_a_prompt() -> None:
-    assert Steady().prompt_tokens(Costs(), 1, 2048) == 16
-    assert Steady().prompt_tokens(costs(1e-6, 1.0), 1, 2048) == 16
+    assert Steady().prompt_tokens(Costs(), 1, 2048) == 8
+    assert Steady().prompt_tokens(costs(1e-6, 1.0), 1, 2048) == 8
     assert Steady().prompt_tokens(costs(1e-6, 1.0), 1, 3) == 3
 
 
@@ -39,27 +39,18 @@ def test_costs_follow_what_steps_take() -> None:
     learned = Costs()
     for _ in range(50):
         learned.observe(0.010, 4, 0)
-        learned.observe(0.020, 0, 100)
-        learned.observe(0.035, 4, 100)
+        learned.observe(0.030, 4, 100)
     assert learned.decode_s == pytest.approx(0.010)
     assert learned.prompt_token_s == pytest.approx(0.0002)
-    assert learned.mixing_s == pytest.approx(0.005, rel=1e-3)
     for _ in range(50):
         learned.observe(0.100, 0, 100)
     assert learned.prompt_token_s == pytest.approx(0.001, rel=0.01)
 
 
-def test_what_mixing_costs_is_taken_from_the_prompts() -> None:
-    learned = Costs(decode_s=0.010, prompt_token_s=0.0001, mixing_s=0.004)
-    assert Steady(2.0).prompt_tokens(learned, 4, 2048) == 60
-    learned.mixing_s = -0.004
-    assert Steady(2.0).prompt_tokens(learned, 4, 2048) == 140
-
-
-def test_a_mixed_step_tells_nothing_before_its_parts_are_known() -> None:
-    learned = Costs()
-    learned.observe(1.0, 4, 100)
-    assert learned == Costs()
+def test_a_step_quicker_than_its_decodes_alone_does_not_make_prompts_free() -> None:
+    learned = Costs(decode_s=0.010)
+    learned.observe(0.008, 4, 10)
+    assert learned.prompt_token_s == pytest.approx(0.00008)
 
 
 @pytest.mark.parametrize("slowdown", [1.0, 0, float("nan")])

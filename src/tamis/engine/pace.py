@@ -9,7 +9,7 @@ from tamis.errors import ConfigError
 
 _MEMORY = 0.8
 """Weight of the past in a moving average: a change is followed within about ten steps."""
-_LEAST = 16
+_LEAST = 8
 """Prompt tokens of a step at the least: a prompt always goes on."""
 
 
@@ -19,24 +19,21 @@ class Costs:
 
     Attributes:
         decode_s: seconds of a step that only decodes; None before the first.
-        prompt_token_s: seconds per prompt token of a step that computes prompts only; None before
-            the first.
-        mixing_s: what a step with both costs beyond the sum of its two parts; 0 before the first.
+        prompt_token_s: seconds that a token of a prompt adds to a step; None before the first. It
+            grows with the prompt's depth, and is followed.
     """
 
     decode_s: float | None = None
     prompt_token_s: float | None = None
-    mixing_s: float = 0.0
 
     def observe(self, seconds: float, n_decoding: int, n_prompt: int) -> None:
         """Learn from a step of `n_decoding` decoding sequences and `n_prompt` prompt tokens."""
-        if n_prompt and not n_decoding:
-            self.prompt_token_s = _averaged(self.prompt_token_s, seconds / n_prompt)
-        elif n_decoding and not n_prompt:
+        if not n_prompt:
             self.decode_s = _averaged(self.decode_s, seconds)
-        elif self.decode_s is not None and self.prompt_token_s is not None:
-            parts = self.decode_s + n_prompt * self.prompt_token_s
-            self.mixing_s = _averaged(self.mixing_s, seconds - parts)
+            return
+        own = seconds - (self.decode_s or 0.0) if n_decoding else seconds
+        # A noisy step may seem to have cost less than nothing.
+        self.prompt_token_s = _averaged(self.prompt_token_s, max(own, 0.1 * seconds) / n_prompt)
 
 
 class Pace(ABC):
@@ -79,7 +76,7 @@ class Steady(Pace):
             return budget
         if costs.decode_s is None or costs.prompt_token_s is None:
             return min(budget, _LEAST)
-        spare = (self.slowdown - 1) * costs.decode_s - costs.mixing_s
+        spare = (self.slowdown - 1) * costs.decode_s
         return min(budget, max(_LEAST, int(spare / costs.prompt_token_s)))
 
 
