@@ -152,8 +152,9 @@ class LLM:
         """Whether the model's tokenizer knows how to write a conversation."""
         return bool(getattr(self.model.tokenizer, "chat_template", None))
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text prompt, with the tokenizer's own special tokens.
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """The token ids of a text prompt, with the tokenizer's own special tokens if it `begins`
+        the sequence.
 
         Raises:
             RequestError: the model directory has no tokenizer.
@@ -162,7 +163,7 @@ class LLM:
             raise RequestError(
                 "this model directory has no tokenizer; give the prompt as token ids"
             )
-        return list(self.model.tokenizer(text)["input_ids"])
+        return list(self.model.tokenizer(text, add_special_tokens=begins)["input_ids"])
 
     def encode_chat(self, messages: Seq[Mapping[str, str]]) -> list[int]:
         """The token ids of a conversation, ready for the model's answer.
@@ -193,6 +194,7 @@ class LLM:
         params: SamplingParams | Seq[SamplingParams] | None = None,
         plan: str | Plan | Seq[str | Plan] | None = None,
         *,
+        context: str | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Run prompts as one batch to their ends.
@@ -200,7 +202,8 @@ class LLM:
         Args:
             prompts: one text, one list of token ids, or a list of either.
             params: for all prompts, or one per prompt.
-            plan: for all prompts, or one per prompt; None is the `LLM`'s own.
+            plan: for all prompts, or one per prompt; None is the `LLM`'s own, or the context's.
+            context: the id of a context (`add_context`) that all prompts go on from.
             progress: whether to show a progress bar on standard error; None shows one on a
                 terminal.
 
@@ -214,13 +217,12 @@ class LLM:
         """
         batch = _as_prompts(prompts)
         all_params = _per_prompt(params or SamplingParams(), SamplingParams, len(batch), "params")
-        plans = _per_prompt(
-            self.plan if plan is None else plan, (str, Plan, Method), len(batch), "plans"
-        )
+        own = self.plan if context is None else self.engine.contexts.find(context).plan
+        plans = _per_prompt(own if plan is None else plan, (str, Plan, Method), len(batch), "plans")
         ids: list[str] = []
         try:
             for prompt, one, its_plan in zip(batch, all_params, plans, strict=True):
-                ids.append(self._add(prompt, one, Plan.parse(its_plan)))
+                ids.append(self._add(prompt, one, Plan.parse(its_plan), context=context))
             show = sys.stderr.isatty() if progress is None else progress
             with _Progress(self.engine, ids, show) as bar:
                 return [self._finish(request_id, bar) for request_id in ids]
@@ -248,6 +250,44 @@ class LLM:
                     yield increment
         finally:
             self._drop(request_id)
+
+    def add_context(self, document: Prompt, plan: str | Plan | None = None) -> str:
+        """Compute a document once, for any number of `generate(..., context=id)`.
+
+            book = llm.add_context(text, "kivi(bits=4)")
+            llm.generate(["Who did it?", "Where?"], context=book)
+
+        Args:
+            document: a text or a list of token ids, which prompts go on from.
+            plan: how its KV lives, and that of the prompts; None is the `LLM`'s own.
+
+        Returns:
+            Its id. Its pages are kept until `delete_context`.
+
+        Raises:
+            RequestError: what the plan keeps depends on the question, or the computation failed.
+            KVMemoryError, PlanError: as `generate`.
+        """
+        its_plan = self.plan if plan is None else Plan.parse(plan)
+        tokens = self.encode(document) if isinstance(document, str) else document
+        context_id = self.engine.add_context(tokens, its_plan)
+        self._inboxes[context_id] = []
+        try:
+            with _Progress(self.engine, [context_id], sys.stderr.isatty()) as bar:
+                output = self._finish(context_id, bar)
+        finally:
+            self._drop(context_id)
+        if output.error is not None:
+            raise RequestError(f"the context failed: {output.error}")
+        return context_id
+
+    def delete_context(self, context_id: str) -> None:
+        """Free a context's pages.
+
+        Raises:
+            RequestError: there is none of this id.
+        """
+        self.engine.delete_context(context_id)
 
     def inspect(
         self, prompt: Prompt, plan: str | Plan | None = None, params: SamplingParams | None = None
@@ -280,10 +320,15 @@ class LLM:
         return assemble(self.model, self.engine.layout.page_size, its_plan, trace, output)
 
     def _add(
-        self, prompt: Prompt, params: SamplingParams, plan: Plan, trace: Trace | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        plan: Plan,
+        trace: Trace | None = None,
+        context: str | None = None,
     ) -> str:
-        tokens = self.encode(prompt) if isinstance(prompt, str) else prompt
-        request_id = self.engine.add_request(tokens, params, plan, trace=trace)
+        tokens = self.encode(prompt, begins=not context) if isinstance(prompt, str) else prompt
+        request_id = self.engine.add_request(tokens, params, plan, trace=trace, context=context)
         self._inboxes[request_id] = []
         return request_id
 

@@ -14,6 +14,7 @@ import torch
 from tamis.cache import CacheLayout, LayerShape, PagedCache
 from tamis.engine import draft as drafts
 from tamis.engine import inspection
+from tamis.engine.context import Context, Contexts, check_context_plan
 from tamis.engine.flat import FlatBatch, as_logprob
 from tamis.engine.layered import Member, StepBatch
 from tamis.engine.lifecycle import Lifecycle, columns
@@ -83,6 +84,7 @@ class Engine:
 
     Attributes:
         prefixes: what is kept for later requests, with counters.
+        contexts: what `add_context` has computed.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -133,6 +135,7 @@ class Engine:
         # Where keys depend on the length of what they are part of, a prefix is not its own.
         same = not model.dynamic_rope
         self.prefixes = PrefixReuse(self.cache, self.shape, enabled=prefix_cache and same)
+        self.contexts = Contexts(self.prefixes)
         self.scheduler = Scheduler(
             self.cache,
             max_batch_tokens,
@@ -164,37 +167,127 @@ class Engine:
         *,
         priority: int = 0,
         user: str = "",
+        context: str | None = None,
     ) -> str:
         """Take a request in; its work begins with the next `step()`.
 
         Args:
             prompt_ids: token ids, at least one.
             params: what to generate.
-            plan: how its KV cache lives.
+            plan: how its KV cache lives; by default exactly, or as its context's.
             request_id: a name of the caller's; by default a number.
             trace: where to record what the plan does.
             priority, user: what the engine's order may go by.
+            context: the id of a context that the prompt goes on from.
 
         Returns:
             The request's id.
 
         Raises:
             RequestError: empty or too long prompt, token ids out of the vocabulary, stop strings
-                without a tokenizer, `n` larger than `max_running`, an id already in use.
+                without a tokenizer, `n` larger than `max_running`, an id already in use, an unknown
+                context, or one of another plan.
             KVMemoryError: the cache could not hold this request even alone.
             PlanError: the plan does not fit this model.
         """
+        before = None if context is None else self.contexts.find(context)
+        if before is not None:
+            if plan is not None and plan != before.plan:
+                raise RequestError(
+                    f"the context {context!r} lives by the plan {before.plan}, so its requests "
+                    f"cannot live by {plan}; leave their plan out"
+                )
+            if params.prompt_logprobs is not None or trace is not None:
+                raise RequestError(
+                    "a request that goes on from a context does not compute its prompt, so "
+                    "it has neither prompt_logprobs nor an inspection"
+                )
+            plan = before.plan
+        return self._add(
+            list(prompt_ids),
+            params,
+            plan or Plan(),
+            request_id,
+            trace,
+            priority=priority,
+            user=user,
+            context=before,
+        )
+
+    def add_context(
+        self,
+        token_ids: Seq[int],
+        plan: Plan | None = None,
+        context_id: str | None = None,
+        *,
+        priority: int = 0,
+        user: str = "",
+    ) -> str:
+        """Have a document computed as a request of its own, and kept until `delete_context`.
+
+        When it is there, the last increment of that name brings an output without tokens, and
+        requests may name it. `abort` ends its computation.
+
+        Args:
+            token_ids: the document, at least one token.
+            plan: how its KV cache lives, for all questions; by default exactly.
+            context_id: a name of the caller's; by default a number.
+            priority, user: as of `add_request`.
+
+        Returns:
+            Its id.
+
+        Raises:
+            RequestError: as `add_request`; or what the plan keeps depends on the question.
+            KVMemoryError, PlanError: as `add_request`.
+        """
+        plan = plan or Plan()
+        check_context_plan(plan)
+        params = SamplingParams(max_tokens=1)
+        return self._add(
+            list(token_ids), params, plan, context_id, None, priority=priority, user=user, keep=True
+        )
+
+    def delete_context(self, context_id: str) -> None:
+        """Forget a context; its pages are freed when no unfinished request goes on from it.
+
+        Raises:
+            RequestError: there is none.
+        """
+        self.contexts.delete(context_id)
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes of the pages of all contexts on the device, each counted once."""
+        caches = self.contexts.caches
+        return self.cache.distinct_bytes(caches) if caches else 0
+
+    def _add(
+        self,
+        own_ids: list[int],
+        params: SamplingParams,
+        plan: Plan,
+        request_id: str | None,
+        trace: Trace | None,
+        *,
+        priority: int,
+        user: str,
+        context: Context | None = None,
+        keep: bool = False,
+    ) -> str:
+        """Check a request, or the making of a context, and queue it."""
         arrival = next(self._arrivals)
         request_id = str(arrival) if request_id is None else request_id
-        prompt = [int(token) for token in prompt_ids]
-        plan = plan or Plan()
+        prompt = [int(token) for token in own_ids]
+        if context is not None and prompt:
+            prompt = context.tokens + prompt
         self._check_plan(plan, params)
         longest = self._longest(plan)
         self._check(request_id, prompt, params, longest)
         room = longest - len(prompt)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
         self._check_room(params, max_new)
-        self._check_memory(plan, len(prompt), max_new)
+        self._check_memory(plan, len(own_ids), max_new)
         request = Request(
             request_id,
             arrival,
@@ -205,7 +298,11 @@ class Engine:
             priority,
             user,
             trace=trace,
+            context=context,
+            makes=Context(request_id, prompt, plan) if keep else None,
         )
+        if context is not None:
+            context.users += 1
         sequence = Sequence(
             request,
             0,
@@ -253,6 +350,7 @@ class Engine:
         start = time.perf_counter()
         work, stuck = self.scheduler.schedule()
         increments = [self._finish(s, "error", error=self._stuck_message(s)) for s in stuck]
+        increments += self._keep_contexts()
         if work:
             n_decoding = sum(not item.sequence.in_prompt for item in work)
             n_prompt = sum(item.n_tokens for item in work if item.sequence.in_prompt)
@@ -268,7 +366,7 @@ class Engine:
             if not failed:
                 seconds = time.perf_counter() - start
                 self.scheduler.costs.observe(seconds, n_decoding, n_prompt)
-        elif not stuck and not self.idle:
+        elif not increments and not self.idle:
             raise RuntimeError("no sequence can run, and none is stuck: a bug in the scheduler")
         self.stats.steps += 1
         self.stats.step_s += time.perf_counter() - start
@@ -393,7 +491,9 @@ class Engine:
         tokens = sequence.request.plan.tokens
         if tokens is None or not tokens.steps:  # those that bring tokens back need all of them
             sequence.cache.trim()
-        if sequence.life is not None:
+        if sequence.life is not None and sequence.in_question:
+            sequence.life.pass_over(n)
+        elif sequence.life is not None:
             sequence.life.settle(n)
             self.prefixes.note_settled(sequence)
 
@@ -405,17 +505,30 @@ class Engine:
         for sequence, logits in outcomes:
             if sequence.draft is not None:
                 increments += self._verify(sequence, logits)
-            elif sequence.n_pending == 0:
+            elif sequence.n_pending == 0 and sequence.request.makes is None:
                 self._learn(sequence, torch.tensor(sequence.tokens[-1:]), logits)
                 branches = self._branches(sequence)
                 rows += [logits] * len(branches)
                 sequences += branches
+        increments += self._keep_contexts()
         if not sequences:
             return increments
         sampled = sample(torch.cat(rows), [sequence.sampler for sequence in sequences])
         now = time.perf_counter()
         pushed = [self._push(s, token, now) for s, token in zip(sequences, sampled, strict=True)]
         return increments + pushed
+
+    def _keep_contexts(self) -> list[Increment]:
+        """Keep the contexts whose tokens have been computed and settled."""
+        increments = []
+        for sequence in list(self.scheduler.running):
+            request = sequence.request
+            if request.makes is not None and sequence.n_pending == 0 and sequence.settled:
+                self._measure(request)
+                request.first_token_s = time.perf_counter()
+                self.contexts.keep(request.makes, sequence)
+                increments.append(self._finish(sequence, "stop"))
+        return increments
 
     def _verify(self, sequence: Sequence, logits: torch.Tensor) -> list[Increment]:
         """Sample along a draft tree as far as it is right, and keep what was right of it.
@@ -533,6 +646,8 @@ class Engine:
         output = None
         if request.finished:
             del self._requests[request.id]
+            if request.context is not None:
+                self.contexts.leave(request.context)
             self.stats.preemptions += request.preemptions
             longest = len(request.prompt_ids) + max(0, request.n_longest - 1)
             output = request.output(self.layout.bytes_for(longest))
@@ -585,6 +700,8 @@ class Engine:
     ) -> None:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
+        if request_id in self.contexts:
+            raise RequestError(f"there is a context {request_id!r} already")
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         bad = next((t for t in prompt if not 0 <= t < self.model.vocab_size), None)
@@ -619,7 +736,7 @@ class Engine:
         """Refuse what the cache cannot hold; the last token's KV is never written to it.
 
         Of a plan that compresses only the prompt is counted, because what is left of it is known
-        when it has been computed.
+        when it has been computed. Contexts stay where they are.
         """
         n_cached = n_prompt + max_new - 1
         if plan.compresses:
@@ -633,6 +750,14 @@ class Engine:
                 f"a request of {n_prompt} prompt and {max_new} new tokens needs about "
                 f"{format_bytes(self.layout.bytes_for(n_cached))} of KV memory, but kv_memory is "
                 f"{format_bytes(self.cache.capacity_bytes)}; kv_memory={enough} would do"
+            )
+        kept = self.context_bytes
+        if kept and self.layout.bytes_for(n_cached) + kept > self.cache.capacity_bytes:
+            raise KVMemoryError(
+                f"a request of {n_prompt} prompt and {max_new} new tokens needs about "
+                f"{format_bytes(self.layout.bytes_for(n_cached))} of KV memory, and contexts keep "
+                f"{format_bytes(kept)} of {format_bytes(self.cache.capacity_bytes)}; delete one "
+                "that nobody asks about any more"
             )
 
     def _stuck_message(self, sequence: Sequence) -> str:

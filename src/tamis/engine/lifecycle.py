@@ -254,6 +254,10 @@ class Lifecycle:
             cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
             self.layers[layer].similarity = (total + float(cosine.sum()), tokens + len(before))
 
+    def pass_over(self, n_tokens: int) -> None:
+        """Count tokens that a step has added; what is to be done is left for the next `settle`."""
+        self._done += n_tokens
+
     def settle(self, n_tokens: int) -> None:
         """Act on what a step has added: `n_tokens` tokens, counted by the cache already, and the
         attention they paid (`count_attention`). What finds no free page is `owed`."""

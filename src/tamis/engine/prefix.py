@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tamis.cache import Field, PagedCache, PrefixTree
+from tamis.engine.context import asks_at_once
 from tamis.engine.lifecycle import columns
 from tamis.engine.sequence import Sequence
 from tamis.methods.views import ModelShape
@@ -25,7 +26,8 @@ class PrefixReuse:
     Attributes:
         tree: the pages.
         enabled: whether anything is reused.
-        lookups, hits: sequences that were started, and those that began with something.
+        lookups, hits: sequences that were started, and those that began with something, be it a
+            context.
         looked_up_tokens, hit_tokens: their tokens, and those that they began with.
     """
 
@@ -58,28 +60,35 @@ class PrefixReuse:
         return False
 
     def begin(self, sequence: Sequence) -> None:
-        """Give a waiting sequence a cache, with the longest prefix that there is for it."""
-        n_most = self._most(sequence)
+        """Give a waiting sequence a cache, with the longest prefix that there is for it: the pages
+        of others, or of the context that it goes on from."""
+        n_most, context = self._most(sequence), sequence.request.context
         if n_most >= self._page_size:
             sequence.prefix = self.tree.match(sequence.tokens, n_most, self._columns(sequence))
-        if sequence.prefix is None:
+        found = 0 if sequence.prefix is None else sequence.prefix.depth * self._page_size
+        if context is not None and found < len(context.tokens):
+            assert context.cache is not None
+            sequence.cache, sequence.prefix = context.cache.fork(), context.prefix
+            self.share(sequence)
+        elif sequence.prefix is None:
             sequence.cache = self._cache.new_sequence(self._columns(sequence))
         else:
             sequence.cache = self.tree.begin(sequence.prefix)
 
     def spared(self, sequence: Sequence) -> int:
         """Bytes that a sequence which is about to start need not find, because it shares them."""
-        if sequence.cache is None or sequence.request.plan.compresses:
-            return 0  # what compresses changes the pages, and so copies them
+        plan, settled = sequence.request.plan, sequence.request.context is not None
+        changes = not asks_at_once(plan) if settled else plan.compresses
+        if sequence.cache is None or changes:
+            return 0  # what changes pages copies them first
         return sequence.cache.bytes
 
     def count(self, sequence: Sequence) -> None:
         """Note with how much a sequence starts."""
-        if not self.enabled:
-            return
-        n_tokens = 0
+        assert sequence.cache is not None
+        n_tokens = sequence.cache.next_position
+        sequence.n_computed = n_tokens
         if sequence.prefix is not None:
-            n_tokens = sequence.prefix.depth * self._page_size
             self.tree.count_hit(sequence.prefix)
         self.lookups += 1
         self.looked_up_tokens += len(sequence.tokens)
@@ -137,7 +146,9 @@ class PrefixReuse:
 
     def _notes(self, sequence: Sequence) -> bool:
         """Whether a sequence leaves anything behind."""
-        return self.enabled and exact_prompt(sequence.request.plan)
+        request = sequence.request
+        goes_on = request.context is None or request.plan.dense
+        return self.enabled and goes_on and exact_prompt(request.plan)
 
     def _most(self, sequence: Sequence) -> int:
         """The most tokens that a sequence may begin with: what must be seen to run is left."""

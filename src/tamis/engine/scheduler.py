@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from tamis.cache import OutOfPages, OutOfSwap, PagedCache
-from tamis.engine.lifecycle import Lifecycle, ShiftKeys
+from tamis.engine.lifecycle import Lifecycle, ShiftKeys, columns
 from tamis.engine.memory import prompt_bytes
 from tamis.engine.order import Order
 from tamis.engine.pace import Costs, Pace
@@ -122,6 +122,7 @@ class Scheduler:
         stuck: list[Sequence] = []
         for queue in (self.running, self.waiting, self.swapped):
             queue.sort(key=self.order.key)
+        self._complete(batch, stuck)
         budget = self.max_batch_tokens
         n_running = len(self.running)
         decodes = [s for s in self.running if s.n_ready == 1]
@@ -139,6 +140,12 @@ class Scheduler:
         work = [Work(sequence, n) for sequence, n in batch.items()]
         work.sort(key=lambda item: (item.n_tokens > 1, not item.sequence.direct))
         return work, stuck
+
+    def _complete(self, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
+        """Have the plans of sequences of which everything has run do what they still owe."""
+        for sequence in [s for s in self.running if s.n_ready == 0]:
+            if self._settled(sequence, batch) and not sequence.settled:
+                stuck.append(sequence)
 
     def _let_in(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
         """Resume swapped sequences and start waiting ones, in order, while there is room for the
@@ -207,7 +214,10 @@ class Scheduler:
 
     def _needs(self, sequence: Sequence) -> int:
         """Bytes that a sequence takes until its prompt is computed, or has and will keep."""
-        plan, cache = sequence.request.plan, sequence.cache
+        plan, cache, context = sequence.request.plan, sequence.cache, sequence.request.context
+        if context is not None:
+            layout, _ = self.cache.rows_with(columns(plan, self.shape))
+            return context.bytes + layout.bytes_for(len(sequence.tokens) - len(context.tokens))
         if plan.dense:
             return self.cache.layout.bytes_for(len(sequence.tokens))
         if cache is not None and not sequence.in_prompt:
@@ -220,7 +230,10 @@ class Scheduler:
         plan = sequence.request.plan
         assert sequence.cache is not None
         self.prefixes.count(sequence)
-        sequence.n_computed = sequence.cache.next_position
+        context = sequence.request.context
+        if context is not None and context.life is not None:
+            sequence.life = context.life.fork(sequence.cache)
+            return
         if plan.dense and sequence.request.trace is None:
             return
         sequence.life = Lifecycle(

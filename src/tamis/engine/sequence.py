@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from tamis.cache import Block, SequenceCache
+from tamis.engine.context import Context, asks_at_once
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.outputs import (
     Completion,
@@ -89,12 +90,29 @@ class Sequence:
     def n_ready(self) -> int:
         """Tokens that may run in one step at the most. What a plan has settled at the end of the
         prompt holds for all that follows, so no step goes across it, and generated tokens that
-        are computed again (after preemption) run one by one, as they did."""
+        are computed again (after preemption) run one by one, as they did; so does what follows a
+        context, where the plan would act in between."""
         if self.program is not None:
             return self.program.remaining
         if self.life is None:
             return self.n_pending
-        return self.n_prompt - self.n_computed if self.in_prompt else 1
+        chunked = self.n_computed < self.life.prompt_tokens or asks_at_once(self.request.plan)
+        return (
+            self.n_prompt - self.n_computed
+            if self.in_prompt and chunked
+            else min(1, self.n_pending)
+        )
+
+    @property
+    def in_question(self) -> bool:
+        """Whether it is within what follows a context, all of which its plan takes as one."""
+        at_once = self.request.context is not None and asks_at_once(self.request.plan)
+        return at_once and self.in_prompt
+
+    @property
+    def settled(self) -> bool:
+        """Whether its plan owes nothing."""
+        return self.life is None or self.life.owed is None
 
     @property
     def layers(self) -> range | None:
@@ -140,6 +158,8 @@ class Request:
         priority: the smaller goes first, where the order asks for it.
         user: whose share of the service it takes, where the order asks for it.
         cached_tokens: tokens of the prompt that it began with.
+        context: what it goes on from, which its prompt begins with.
+        makes: the context that its prompt is to become.
     """
 
     id: str
@@ -161,6 +181,8 @@ class Request:
     kv_bytes_peak: int = 0
     preemptions: int = 0
     cached_tokens: int = 0
+    context: Context | None = None
+    makes: Context | None = None
 
     @property
     def finished(self) -> bool:

@@ -12,7 +12,7 @@ from tamis.attention.merge import merge_states
 from tamis.cache import BatchView, CommonPrefix
 from tamis.engine.views import LayerOptions
 
-WORTH = 16_384
+WORTH = 32_768
 """Tokens that sharing must spare a step from reading again, in each layer: shared tokens, times one
 less than there are sequences. Below about so many its second kernel costs more than it saves
 (`benchmarks/shared_prefix.py` measures it)."""
