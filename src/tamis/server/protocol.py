@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer
+from pydantic_core import PydanticCustomError
 
 FinishReason = Literal["stop", "length"]
 
 TokenIds = list[int]
+
+
+def _whole(text: str) -> str:
+    """The text itself, if it can be written in UTF-8: JSON can spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("unicode", "Input should be valid unicode text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 
 
 class Body(BaseModel):
@@ -27,9 +40,9 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    name: Text
+    description: Text | None = None
+    schema_: dict[Text, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -50,7 +63,7 @@ class Sampling(Body):
         priority: ours: the smaller goes first, where the server's order asks for it.
     """
 
-    model: str
+    model: Text
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1)
@@ -58,12 +71,12 @@ class Sampling(Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     seed: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Text, float] | None = None
     response_format: ResponseFormat | None = None
 
-    kv_plan: str | None = None
+    kv_plan: Text | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -73,18 +86,18 @@ class Sampling(Body):
     include_stop: bool = False
     priority: int = Field(default=0, ge=-1000, le=1000)
 
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
 
 class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: Text | list[Text] | TokenIds | list[TokenIds]
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
@@ -94,16 +107,16 @@ class CompletionRequest(Sampling):
 
 class ContentPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """A turn of a conversation; the last fields are those of OpenAI's answers, sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
+    content: Text | list[ContentPart] | None = None
+    name: Text | None = None
+    refusal: Text | None = None
     annotations: list[Any] | None = Field(default=None, max_length=0)
     audio: None = None
     tool_calls: None = None
@@ -130,8 +143,8 @@ class ChatRequest(Sampling):
 class TokenizeRequest(Body):
     """`POST /tokenize`: ours; a text, or a conversation in the model's template."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: list[Message] | None = None
 
 
