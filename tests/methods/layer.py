@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamis.methods.base import Merge
 from tamis.methods.views import LayerShape, ModelShape
 
 
@@ -118,3 +119,14 @@ def layer_view(
         given_attention=attention,
         given_similarity=similarity,
     )
+
+
+def after_merge(
+    method: Merge, view: NaiveLayerView, scores: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a view after a merge, evicted ones as they were."""
+    result, (k, v) = method.merge(view, scores, kept), view.keys_values()
+    assert not (result.tokens & ~kept).any(), "an evicted token changes"
+    k, v = k.clone(), v.clone()
+    k[result.tokens], v[result.tokens] = result.k, result.v
+    return k, v

@@ -119,9 +119,11 @@ def _evict(life: Lifecycle, view: CachedLayer, evict: Evict | None, stream: bool
     for layer in layers:
         life.layers[layer].summarized = 0
     if merged is not None:
-        k, v = ([part[mask] for part, mask in zip(values, kept, strict=True)] for values in merged)
-        lengths = life.cache.lengths_of(layers).tolist()
-        life.cache.write(layers, [torch.arange(n).numpy() for n in lengths], k, v)
+        place = kept.cumsum(1) - 1
+        changed = zip(place, merged.tokens, strict=True)
+        indices = [at[mask].cpu().numpy() for at, mask in changed]
+        sizes = merged.tokens.sum(1).tolist()
+        life.cache.write(layers, indices, *(torch.split(x, sizes) for x in (merged.k, merged.v)))
 
 
 def _goes_by_content(life: Lifecycle, layers: range) -> bool:

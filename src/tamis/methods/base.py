@@ -41,6 +41,7 @@ from tamis.methods.views import (
     DecodeView,
     DraftTree,
     LayerView,
+    Merged,
     ModelShape,
     Needs,
     Pass,
@@ -330,8 +331,8 @@ class Merge(Method):
         """The eviction of its paper, for plans that name none."""
 
     @abstractmethod
-    def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values after merging, like `view.keys_values()`; only kept ones matter.
+    def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> Merged:
+        """The kept tokens that take in evicted ones.
 
         Args:
             view: the layer before the eviction.

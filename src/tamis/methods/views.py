@@ -346,6 +346,20 @@ class DraftTree:
     parents: Tensor
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Tokens whose keys and values are others after a merge.
+
+    Attributes:
+        tokens: which, all of them kept, bool [kv_heads, tokens].
+        k, v: what they are then, head after head, [m, k_dim] and [m, v_dim].
+    """
+
+    tokens: Tensor
+    k: Tensor
+    v: Tensor
+
+
 def group_sum(weights: Tensor, kv_heads: int) -> Tensor:
     """Sum over the query heads that share a KV head: [q_heads, ...] to [kv_heads, ...]."""
     return weights.reshape(kv_heads, -1, *weights.shape[1:]).sum(1)

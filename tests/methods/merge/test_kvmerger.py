@@ -7,7 +7,7 @@ import torch
 
 from tamis.errors import PlanError
 from tamis.methods.merge.kvmerger import KVMerger
-from tests.methods.layer import layer_view
+from tests.methods.layer import after_merge, layer_view
 
 HEADS, TOKENS, DIM, V_DIM = 2, 40, 6, 3
 
@@ -63,7 +63,7 @@ def test_sets_pivots_and_weights_are_the_papers(seed, lengths):
     eviction = method.eviction()
     scores = eviction.scores(view)
     kept = eviction.keep(view, scores, torch.tensor([30, 30]))
-    k_new, v_new = method.merge(view, scores, kept)
+    k_new, v_new = after_merge(method, view, scores, kept)
     merged = 0
     for head in range(HEADS):
         length = int(view.lengths[head])
@@ -91,7 +91,7 @@ def test_a_head_within_its_budget_keeps_everything_as_it_is():
     scores = eviction.scores(view)
     kept = eviction.keep(view, scores, torch.tensor([40, 40]))
     assert torch.equal(kept, view.cached)
-    k_new, v_new = method.merge(view, scores, kept)
+    k_new, v_new = after_merge(method, view, scores, kept)
     assert torch.equal(k_new[kept], k[kept])
     assert torch.equal(v_new[kept], v[kept])
 
@@ -111,7 +111,7 @@ def test_with_another_eviction_tokens_join_the_best_kept_token_of_their_set_or_a
     view = layer_view(k, v, torch.zeros(1, 1, 2))
     scores = torch.tensor([[1.0, 5.0, 3.0, 2.0, 2.0]])
     kept = torch.tensor([[True, False, True, False, False]])
-    k_new, v_new = KVMerger().merge(view, scores, kept)
+    k_new, v_new = after_merge(KVMerger(), view, scores, kept)
     expected = naive_merge(v[0], k[0], 2, [1])
     torch.testing.assert_close(v_new[0, 2], expected)
     assert torch.equal(v_new[0, 0], v[0, 0])
@@ -126,7 +126,8 @@ def test_equal_keys_become_their_mean():
     scores = method.eviction().scores(view)
     kept = method.eviction().keep(view, scores, torch.tensor([2]))
     assert kept.tolist() == [[True, False, False, False]]  # of equal ones the earliest
-    torch.testing.assert_close(method.merge(view, scores, kept)[1][0, 0], torch.tensor([1.5]))
+    _, v_new = after_merge(method, view, scores, kept)
+    torch.testing.assert_close(v_new[0, 0], torch.tensor([1.5]))
 
 
 def test_one_token_is_kept():
@@ -144,7 +145,7 @@ def test_it_asks_for_attention_sums_and_keeps_dtypes():
     assert method.eviction().needs().attention
     scores = method.eviction().scores(view)
     kept = method.eviction().keep(view, scores, torch.tensor([20, 20]))
-    k_new, v_new = method.merge(view, scores, kept)
+    k_new, v_new = after_merge(method, view, scores, kept)
     assert k_new.dtype == v_new.dtype == torch.bfloat16
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tamis.methods.base import Evict, Merge, budget_param, param
 from tamis.methods.evict.recent import keep_recent_and_top
-from tamis.methods.views import LayerView, Needs
+from tamis.methods.views import LayerView, Merged, Needs
 
 _PAPER = (
     "D2O: Dynamic Discriminative Operations for Efficient Generative Inference of Large Language "
@@ -83,42 +83,51 @@ class D2O(Merge):
     def eviction(self) -> D2OEviction:
         return D2OEviction(self.budget, self.heavy)
 
-    def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> Merged:
         k, v = view.keys_values()
+        heads, n, _ = k.shape
         evicted = view.cached & ~kept
-        before = view.state.get(_STATE, torch.full((len(k),), torch.nan))  # nothing evicted yet
-        after = before.clone()
-        k_new, v_new = k.clone(), v.clone()
-        for head in range(len(k)):
-            stay, go = kept[head].nonzero()[:, 0], evicted[head].nonzero()[:, 0]
-            if not len(go) or not len(stay):
-                continue
-            similarity, nearest = _nearest(k[head, go], k[head, stay])
-            newest, old = float(similarity.double().mean()), float(before[head])
-            threshold = newest if math.isnan(old) else self.beta * newest + (1 - self.beta) * old
-            after[head] = threshold
-            weight = similarity.exp() * (similarity >= threshold)
-            for x, new in ((k, k_new), (v, v_new)):
-                new[head, stay] = _averaged(x[head, stay], x[head, go], weight, nearest).to(x.dtype)
-        view.state[_STATE] = after
-        return k_new, v_new
+        leaves = evicted.any(1) & kept.any(1)
+        found = [_nearest(k[h], evicted[h], kept[h]) for h in leaves.nonzero()[:, 0].tolist()]
+        evicted &= leaves[:, None]
+        head, own = evicted.nonzero(as_tuple=True)
+        similarity = torch.cat([k.new_zeros(0, dtype=torch.float32), *(one[0] for one in found)])
+        nearest = torch.cat([head[:0], *(one[1] for one in found)])
+
+        before = view.state.get(_STATE, k.new_full((heads,), torch.nan, dtype=torch.float64))
+        mean = torch.zeros_like(before).index_add(0, head, similarity.double()) / evicted.sum(1)
+        after = torch.where(before.isnan(), mean, self.beta * mean + (1 - self.beta) * before)
+        view.state[_STATE] = torch.where(leaves, after, before)
+        joins = similarity >= after[head]
+
+        weight = similarity[joins].exp() / math.e  # of the evicted, that of the kept being 1
+        from_ = (head * n + own)[joins]
+        to, place = torch.unique((head * n + nearest)[joins], return_inverse=True)
+        tokens = torch.zeros_like(kept).view(-1).index_fill(0, to, True).view_as(kept)
+        new = (_averaged(x.flatten(0, 1), to, from_, weight, place) for x in (k, v))
+        return Merged(tokens, *new)
 
 
-def _nearest(evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """For each evicted key [m, dim] its highest cosine similarity to a kept key [n, dim], fp32 [m],
-    and which key that is, int64 [m]; in blocks, so that m x n is never held."""
-    targets = torch.nn.functional.normalize(kept.float(), dim=-1)
+def _nearest(k: Tensor, evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """For each evicted token of a head its highest cosine similarity to a kept one, fp32 [m], and
+    which token that is, int64 [m]; in blocks, so that evicted x kept is never held.
+
+    Args:
+        k: [tokens, dim]; evicted, kept: which tokens, bool [tokens].
+    """
+    stay = kept.nonzero()[:, 0]
+    targets = torch.nn.functional.normalize(k[stay].float(), dim=-1)
     found = [
         (torch.nn.functional.normalize(block.float(), dim=-1) @ targets.T).max(1)
-        for block in torch.split(evicted, _BLOCK)
+        for block in torch.split(k[evicted], _BLOCK)
     ]
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+    nearest = torch.cat([one.indices for one in found])
+    return torch.cat([one.values for one in found]), stay[nearest]
 
 
-def _averaged(kept: Tensor, evicted: Tensor, weight: Tensor, into: Tensor) -> Tensor:
-    """Kept rows [n, dim] with weight e, averaged with the evicted rows [m, dim] of `weight` [m]
-    that go `into` them [m]; fp32 [n, dim]."""
-    rows = kept.float()
-    weight = weight / math.e  # so that rows that nothing joins stay as they are to the bit
-    total = torch.ones_like(rows[:, 0]).index_add_(0, into, weight)
-    return rows.index_add(0, into, weight[:, None] * evicted.float()) / total[:, None]
+def _averaged(x: Tensor, to: Tensor, from_: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+    """Rows x[to] of weight 1, averaged with rows x[from_] of `weight`, each of which goes into
+    the row at its `place`; like `x` [tokens, dim]."""
+    rows = x[to].float().index_add(0, place, weight[:, None] * x[from_].float())
+    total = weight.new_ones(len(to)).index_add(0, place, weight)
+    return (rows / total[:, None]).to(x.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tamis.methods.base import Evict, Merge, budget_param, param, resolve
 from tamis.methods.evict.recent import recent
-from tamis.methods.views import LayerView, Needs, top_mask
+from tamis.methods.views import LayerView, Merged, Needs, top_mask
 
 _PAPER = (
     "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks "
@@ -90,7 +90,7 @@ class KVMerger(Merge):
     def eviction(self) -> KVMergerEviction:
         return KVMergerEviction(self.budget, self.threshold, self.recent, self.heavy)
 
-    def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def merge(self, view: LayerView, scores: Tensor, kept: Tensor) -> Merged:
         k, v = view.keys_values()
         pivots = _pivots(view, scores, kept, self.threshold)
         merged = view.cached & ~kept & (pivots < scores.shape[1])
@@ -104,7 +104,9 @@ class KVMerger(Merge):
         sigma = (total / count.clamp_min(1) / math.sqrt(2)).gather(1, into)
         kernel = torch.exp(-((distance / sigma).nan_to_num() ** 2) / 2)  # 0 / 0: equal keys
         weight = kernel * merged
-        return _averaged(k, weight, into), _averaged(v, weight, into)
+        changed = zeros.scatter_add(1, into, weight) > 0
+        new = (_averaged(x, weight, into)[changed] for x in (k, v))
+        return Merged(changed, *new)
 
 
 def _pivots(view: LayerView, scores: Tensor, among: Tensor, threshold: float) -> Tensor:
