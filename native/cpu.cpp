@@ -57,7 +57,7 @@ Isa best_isa() {
   // Asked once: under a hypervisor cpuid takes microseconds.
   static const Isa best = [] {
     const CpuFeatures found = cpu_features();
-    if (found.avx512_bf16) return Isa::avx512_bf16;
+    if (found.avx512_bf16 && found.avx512_vnni) return Isa::avx512_bf16;
     if (found.avx512) return Isa::avx512;
     return found.avx2 ? Isa::avx2 : Isa::portable;
   }();

@@ -8,12 +8,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "kernels.h"
+#include "partials.h"
 #include "threads.h"
 
 namespace tamis {
@@ -24,8 +23,6 @@ constexpr int64_t kChunk = 512;
 
 // Below this many bytes of keys and values waking other threads costs more than they save.
 constexpr int64_t kParallelBytes = 1 << 16;
-
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // The visible tokens of one KV head of one row.
 struct Span {
@@ -85,68 +82,13 @@ std::vector<Span> visible_spans(const DecodeArgs& a) {
   return spans;
 }
 
-// Memory for the partial attentions of `chunks` chunks.
-class Partials {
- public:
-  Partials(int64_t chunks, int64_t group, int64_t v_dim)
-      : group_(group),
-        width_(padded(v_dim)),
-        floats_(new float[chunks * group * (width_ + 2)]),
-        scalars_(floats_.get() + chunks * group * width_) {}
-
-  Partial of(int64_t chunk) const {
-    float* scalars = scalars_ + chunk * group_ * 2;
-    return {floats_.get() + chunk * group_ * width_, scalars, scalars + group_};
-  }
-
- private:
-  int64_t group_, width_;
-  std::unique_ptr<float[]> floats_;
-  float* scalars_;
-};
-
-// Merge the partials of one span for query `g` of its group; write out and lse.
-template <class T>
-void merge(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t g,
-           int64_t query, float* sums) {
-  const float sink = a.sinks ? a.sinks[query % a.q_heads] : kNothing;
-  const int64_t last = span.first_chunk + span.chunks();
-  float top = sink;
-  for (int64_t c = span.first_chunk; c < last; ++c) top = std::fmax(top, partials.of(c).top[g]);
-  // With no finite score every weight is 0 for any finite origin, and NaN stays NaN.
-  const float origin = top == kNothing ? 0.0f : top;
-  float denominator = std::exp(sink - origin);
-  std::memset(sums, 0, a.v_dim * sizeof(float));
-  for (int64_t c = span.first_chunk; c < last; ++c) {
-    const Partial partial = partials.of(c);
-    const float weight = std::exp(partial.top[g] - origin);
-    const float* chunk_sums = partial.sums + g * padded(a.v_dim);
-    denominator += weight * partial.denominator[g];
-    for (int64_t d = 0; d < a.v_dim; ++d) sums[d] += weight * chunk_sums[d];
-  }
-  const float share = denominator == 0.0f ? 0.0f : 1.0f / denominator;
-  T* out = static_cast<T*>(a.out) + query * a.v_dim;
-  for (int64_t d = 0; d < a.v_dim; ++d) from_float(sums[d] * share, out + d);
-  a.lse[query] = origin + std::log(denominator);
-}
-
 // Merge the partials of span `s` for every query of its group.
-void merge_group(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t s,
-                 float* sums) {
+void merge_span(const DecodeArgs& a, const Span& span, const Partials& partials, int64_t s,
+                float* sums) {
   const int64_t group = a.q_heads / a.kv_heads;
-  for (int64_t g = 0; g < group; ++g) {
-    switch (a.dtype) {
-      case DType::fp32:
-        merge<float>(a, span, partials, g, s * group + g, sums);
-        break;
-      case DType::fp16:
-        merge<Fp16>(a, span, partials, g, s * group + g, sums);
-        break;
-      case DType::bf16:
-        merge<Bf16>(a, span, partials, g, s * group + g, sums);
-        break;
-    }
-  }
+  const float* sinks = a.sinks ? a.sinks + s % a.kv_heads * group : nullptr;
+  merge_partials({a.dtype, group, a.v_dim, a.out, a.lse}, partials, span.first_chunk,
+                 span.first_chunk + span.chunks(), s * group, sinks, sums);
 }
 
 }  // namespace
@@ -172,7 +114,7 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
   AttendRange* const attend = kernels(isa).attend_range[static_cast<int>(a.dtype)];
   for (int64_t s = 0; s < heads; ++s) {
-    if (spans[s].chunks() == 0) merge_group(a, spans[s], partials, s, scratch.get());
+    if (spans[s].chunks() == 0) merge_span(a, spans[s], partials, s, scratch.get());
   }
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -188,7 +130,7 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
             a.softcap},
            mine, partials.of(c));
     if (pending[s].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      merge_group(a, span, partials, s, mine + scratch_floats(group, a.k_dim));
+      merge_span(a, span, partials, s, mine + scratch_floats(group, a.k_dim));
     }
   }
 }

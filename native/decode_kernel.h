@@ -7,14 +7,13 @@
 
 #include "decode.h"
 #include "dots.h"
-#include "vector_math.h"
+#include "softmax.h"
 
 namespace tamis {
 
 template <class Isa, class T>
 class DecodeKernel {
   using Vec = typename Isa::Vec;
-  using Math = VectorMath<Isa>;
   using Dot = typename Isa::template Dot<T>;
   static constexpr int kWidth = Isa::kWidth;
   static constexpr float kNothing = -__builtin_inff();
@@ -107,7 +106,7 @@ class DecodeKernel {
   void attend_block(int64_t g) {
     score<N>(g);
     float rescale[N];
-    for (int i = 0; i < N; ++i) rescale[i] = soften(g + i);
+    for (int i = 0; i < N; ++i) rescale[i] = soften_query(g + i);
     int64_t d = 0;
     for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_values<N, 4>(g, d, rescale);
     for (; d + kWidth <= range_.v_dim; d += kWidth) add_values<N, 1>(g, d, rescale);
@@ -126,35 +125,10 @@ class DecodeKernel {
                             scores_ + g * kBlock, kBlock, prefetch_next);
   }
 
-  // Turn the products of query `g` into weights exp(score - top), with a new top if there is one.
-  // Returns the factor that takes earlier sums to the new top.
-  float soften(int64_t g) {
-    float* const scores = scores_ + g * kBlock;
-    const int64_t count = rows_->count;
-    for (int64_t t = count; t % kWidth; ++t) scores[t] = scores[count - 1];
-    Vec tops = Isa::set(kNothing);
-    for (int64_t t = 0; t < count; t += kWidth) {
-      const Vec score = Math::score(Isa::load(scores + t), range_.scale, range_.softcap);
-      Isa::store(scores + t, score);
-      tops = Isa::max(tops, score);
-    }
-    for (int64_t t = count; t % kWidth; ++t) scores[t] = kNothing;
-    const float before = partial_.top[g];
-    const float block_top = Isa::max_lane(tops);
-    const float top = block_top > before ? block_top : before;
-    // Where every score is -inf, any finite origin gives the weights 0 that are wanted.
-    const Vec origin = Isa::set(top == kNothing ? 0.0f : top);
-    Vec total = Isa::set(0.0f);
-    for (int64_t t = 0; t < count; t += kWidth) {
-      const Vec weight = Math::exp(Isa::load(scores + t) - origin);
-      Isa::store(scores + t, weight);
-      total = total + weight;
-    }
-    float rescale = 0.0f;
-    if (before != kNothing) rescale = Isa::first_lane(Math::exp(Isa::set(before - top)));
-    partial_.top[g] = top;
-    partial_.denominator[g] = partial_.denominator[g] * rescale + Isa::sum_lanes(total);
-    return rescale;
+  // Turn the products of query `g` into weights; returns the factor of its earlier sums.
+  float soften_query(int64_t g) {
+    return soften<Isa>(scores_ + g * kBlock, rows_->count, range_.scale, range_.softcap,
+                       partial_.top + g, partial_.denominator + g);
   }
 
   // sums = sums rescale + weights V for N queries and D vectors of the values' dimensions.

@@ -3,6 +3,7 @@
 
 #include "cpu.h"
 #include "decode.h"
+#include "encoded.h"
 #include "linear.h"
 #include "observe.h"
 #include "observe_pages.h"
@@ -20,6 +21,7 @@ struct Kernels {
   LinearRange* linear_range[3];
   BoundPages* bound_pages[3];
   SoftmaxRow* softmax_row;
+  AttendEncoded* attend_encoded;
 };
 
 Kernels kernels_portable();

@@ -1,4 +1,4 @@
-#include "isa_avx2.h"
+#include "ints_avx2.h"
 #include "kernels_of.h"
 
 namespace tamis {

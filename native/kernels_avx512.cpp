@@ -1,4 +1,4 @@
-#include "isa_avx512.h"
+#include "ints_avx512.h"
 #include "kernels_of.h"
 
 namespace tamis {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode_kernel.h"
+#include "encoded_kernel.h"
 #include "kernels.h"
 #include "linear_kernel.h"
 #include "observe_kernel.h"
@@ -19,7 +20,8 @@ Kernels kernels_of() {
           {observe_range<Isa, float>, observe_range<Isa, Fp16>, observe_range<Isa, Bf16>},
           {linear_range<Isa, float>, linear_range<Isa, Fp16>, linear_range<Isa, Bf16>},
           {bound_pages<Isa, float>, bound_pages<Isa, Fp16>, bound_pages<Isa, Bf16>},
-          softmax_row<Isa>};
+          softmax_row<Isa>,
+          attend_encoded<Isa>};
 }
 
 }  // namespace tamis

@@ -1,4 +1,4 @@
-#include "isa_portable.h"
+#include "ints_portable.h"
 #include "kernels_of.h"
 
 namespace tamis {

@@ -3,13 +3,16 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "append.h"
 #include "cpu.h"
 #include "decode.h"
+#include "encoded.h"
 #include "linear.h"
 #include "narrow.h"
 #include "observe.h"
@@ -82,6 +85,48 @@ void decode_call(const std::string& isa, int threads, int dtype, int64_t n, int6
   const Isa chosen = isa_named(isa);
   nb::gil_scoped_release release;
   decode(args, chosen, threads);
+}
+
+// The keys or values of encoded pages from the numbers of `_Side` in attention/encoded_native.py.
+Side side_of(const std::vector<int64_t>& n) {
+  return {static_cast<Rows>(n[0]), static_cast<DType>(n[1]), n[2],  n[3],  n[4],  n[5],
+          n[6],                    n[7],                     n[8],  n[9],  n[10], n[11],
+          n[12],                   n[13],                    n[14], n[15], n[16] != 0};
+}
+
+void decode_encoded_call(const std::string& isa, int threads, int dtype, int64_t n,
+                         int64_t q_heads, int64_t kv_heads, uintptr_t q, int64_t q_row_stride,
+                         int64_t q_head_stride, uintptr_t data, int64_t page_size,
+                         int64_t page_bytes, const std::vector<int64_t>& k,
+                         const std::vector<int64_t>& v, uintptr_t tables,
+                         int64_t tables_row_stride, int64_t tables_head_stride, uintptr_t lengths,
+                         int64_t lengths_row_stride, int64_t lengths_head_stride, float scale,
+                         float softcap, uintptr_t out, uintptr_t lse) {
+  const EncodedArgs args{static_cast<DType>(dtype),
+                         n,
+                         q_heads,
+                         kv_heads,
+                         at<const uint8_t>(q),
+                         q_row_stride,
+                         q_head_stride,
+                         at<const uint8_t>(data),
+                         page_size,
+                         page_bytes,
+                         side_of(k),
+                         side_of(v),
+                         at<const int32_t>(tables),
+                         tables_row_stride,
+                         tables_head_stride,
+                         at<const int32_t>(lengths),
+                         lengths_row_stride,
+                         lengths_head_stride,
+                         scale,
+                         softcap,
+                         at<float>(out),
+                         at<float>(lse)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  decode_encoded(args, chosen, threads);
 }
 
 void prefill_call(const std::string& isa, int threads, int dtype, int64_t tokens, int64_t q_heads,
@@ -314,6 +359,11 @@ NB_MODULE(_native, m) {
         "lengths_head_stride"_a, "tokens"_a, "tokens_row_stride"_a, "tokens_head_stride"_a,
         "counts"_a, "positions"_a, "window"_a, "scale"_a, "softcap"_a, "sinks"_a, "out"_a, "lse"_a,
         "Paged decode attention; see decode.h.");
+  m.def("decode_encoded", tamis::decode_encoded_call, "isa"_a, "threads"_a, "dtype"_a, "n"_a,
+        "q_heads"_a, "kv_heads"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "data"_a,
+        "page_size"_a, "page_bytes"_a, "k"_a, "v"_a, "tables"_a, "tables_row_stride"_a,
+        "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a, "lengths_head_stride"_a,
+        "scale"_a, "softcap"_a, "out"_a, "lse"_a, "Attention over encoded pages; see encoded.h.");
   m.def("prefill", tamis::prefill_call, "isa"_a, "threads"_a, "dtype"_a, "tokens"_a, "q_heads"_a,
         "kv_heads"_a, "k_dim"_a, "v_dim"_a, "q"_a, "q_token_stride"_a, "q_head_stride"_a, "k"_a,
         "k_token_stride"_a, "k_head_stride"_a, "v"_a, "v_token_stride"_a, "v_head_stride"_a,

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
+from tamis.attention.encoding import (
+    Encoding,
+    PageEncoding,
+    Plain,
+    Pruned,
+    Quantized,
+    packed_bytes,
+)
 from tamis.attention.pattern import SparsePattern, TokenList
-from tamis.cache.format import PagedKV
+from tamis.cache.format import PagedKV, PageFormat
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of queries, keys and values."""
@@ -19,9 +29,76 @@ def check_paged(q: torch.Tensor, kv: PagedKV) -> None:
             "q, k and v must share one dtype of float32, float16, bfloat16; "
             f"got q {q.dtype}, k {k.dtype}, v {v.dtype}"
         )
+    check_tables(q, kv, k.width)
+
+
+def check_encoded(
+    q: torch.Tensor, kv: PagedKV, encoding: PageEncoding, softcap: float | None
+) -> None:
+    """Raise ValueError unless queries `q` [n, q_heads, k_dim] can read encoded pages `kv`."""
+    k_dim, k_dtype = check_encoding(kv.format, encoding)
+    if q.dtype not in DTYPES or (k_dtype is not None and q.dtype != k_dtype):
+        raise ValueError(f"q must be {k_dtype or 'of floating point'}, like k, got {q.dtype}")
+    check_tables(q, kv, k_dim)
+    if q.shape[0] != kv.lengths.shape[0]:
+        raise ValueError(f"{q.shape[0]} queries cannot read {kv.lengths.shape[0]} rows of pages")
+    check_options(q, None, None, softcap, None)
+
+
+@lru_cache(maxsize=256)
+def check_encoding(format: PageFormat, encoding: PageEncoding) -> tuple[int, torch.dtype | None]:
+    """Raise ValueError unless pages of `format` can be encoded so.
+
+    Returns:
+        Channels of a key, and the dtype of keys that are stored as elements, None for codes.
+    """
+    fields = {field.name: field for field in format.fields}
+    if missing := [name for name in encoding.fields if name not in fields]:
+        raise ValueError(f"pages with the fields {[*fields]} lack {missing}")
+    if isinstance(encoding.v.rows, Pruned):
+        raise ValueError("channels of values cannot be pruned, only those of keys")
+    dims = [_check_side(format, name, getattr(encoding, name)) for name in ("k", "v")]
+    stored = {Plain: "k", Pruned: "k_kept"}.get(type(encoding.k.rows))
+    return dims[0], fields[stored].dtype if stored is not None else None
+
+
+def _check_side(format: PageFormat, name: str, encoding: Encoding) -> int:
+    """Raise ValueError unless the fields of the keys or values fit together; returns channels."""
+    rows, field = encoding.rows, format.field
+    if isinstance(rows, Quantized):
+        scale, zero, codes = (field(f"{name}_{what}") for what in ("scale", "zero", "codes"))
+        by_token = rows.along == "channels"
+        dim = scale.width * (rows.group if by_token else 1)
+        most = format.page_size // (1 if by_token else rows.group)
+        if not 1 <= rows.bits <= 8 or format.page_size % (1 if by_token else rows.group):
+            raise ValueError(f"pages of {format.page_size} tokens cannot hold {rows}")
+        wanted = packed_bytes(dim, rows.bits)
+        if codes.width * codes.dtype.itemsize != wanted or codes.rows is not None:
+            raise ValueError(f"{codes.name} must have {wanted} bytes per token, got {codes}")
+        if {scale.rows_in(format.page_size), zero.rows_in(format.page_size)} != {most}:
+            raise ValueError(f"{scale.name} and {zero.name} must have {most} rows per page")
+        floats = [scale, zero]
+    elif isinstance(rows, Pruned):
+        dim, floats = field(f"{name}_mask").width, [field(f"{name}_kept")]
+    else:
+        dim, floats = field(name).width, [field(name)]
+    if encoding.low_rank:
+        floats += [field(f"{name}_left"), field(f"{name}_right")]
+    if encoding.outliers:
+        floats.append(field(f"{name}_outliers"))
+    if len({f.dtype for f in floats}) > 1 or floats[0].dtype not in DTYPES:
+        raise ValueError(
+            f"{', '.join(f.name for f in floats)} must share one dtype of float32, float16, "
+            f"bfloat16, got {', '.join(str(f.dtype) for f in floats)}"
+        )
+    return dim
+
+
+def check_tables(q: torch.Tensor, kv: PagedKV, k_dim: int) -> None:
+    """Raise ValueError unless queries with `k_dim` channels fit the page tables."""
     lengths, tables = kv.lengths, kv.tables
-    if q.dim() != 3 or q.shape[2] != k.width:
-        raise ValueError(f"q must be [tokens, q_heads, {k.width}], got {list(q.shape)}")
+    if q.dim() != 3 or q.shape[2] != k_dim:
+        raise ValueError(f"q must be [tokens, q_heads, {k_dim}], got {list(q.shape)}")
     if lengths.dim() != 2 or tables.dim() != 3 or tables.shape[:2] != lengths.shape:
         raise ValueError(
             "tables must be [n, kv_heads, max_pages] and lengths [n, kv_heads], "

@@ -49,7 +49,7 @@ from tamis.cache.paged import PagedCache
 from tamis.cache.pool import OutOfPages, PageError, PagePool
 from tamis.cache.prefix import Block, PrefixTree
 from tamis.cache.sequence import OutOfSwap, SequenceCache
-from tamis.cache.store import Store
+from tamis.cache.store import Store, together
 from tamis.cache.tier import Tier
 
 __all__ = [
@@ -71,4 +71,5 @@ __all__ = [
     "SequenceCache",
     "Store",
     "Tier",
+    "together",
 ]

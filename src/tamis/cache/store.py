@@ -163,6 +163,19 @@ class Store(PageTables):
         return rows
 
 
+def together(stores: Sequence[Store]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The page tables, int32 [n, rows, most pages], and lengths, int32 [n, rows], of the device's
+    stores of some sequences, which cover the same layers; `Store.rows` are a layer's rows."""
+    width = max(int(store.page_counts.max(initial=0)) for store in stores)
+    tables = np.zeros((len(stores), stores[0].lengths.size, width), dtype=np.int32)
+    for i, store in enumerate(stores):
+        mine = store.tables[:, :width]
+        tables[i, :, : mine.shape[1]] = mine
+    lengths = np.stack([store.lengths for store in stores])
+    device = stores[0].tier.arena.data.device
+    return torch.from_numpy(tables).to(device), torch.from_numpy(lengths).to(device)
+
+
 def staged(pool: PagePool, pages: PagedKV, device: torch.device) -> PagedKV:
     """Copy pages to another device, those that the lengths cover and nothing else.
 

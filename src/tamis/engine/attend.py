@@ -16,14 +16,12 @@ from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.attention.reference import gather, gather_kv
 from tamis.attention.reference import tiles as tile_spans
 from tamis.cache import BatchView, PagedKV
-from tamis.engine import inspection, stores
+from tamis.engine import encoded, inspection, stores
+from tamis.engine.encoded import EncodedDecode, State
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.patterns import streaming_pattern
 from tamis.engine.shared import SharedDecode
 from tamis.engine.views import DecodeQuery, LayerOptions, PromptChunk
-
-State = tuple[Tensor, Tensor]
-"""A partial attention: out [tokens, q_heads, v_dim] and lse [tokens, q_heads]."""
 
 
 class StepAttention:
@@ -32,7 +30,7 @@ class StepAttention:
     Args:
         view: the step's sequences and their pages.
         counts: new tokens of each sequence; those with one token come first, and among them those
-            whose plan reads all live pages and nothing else.
+            whose plan is `direct`.
         positions: int32 [tokens], absolute position of each new token.
         lives: each sequence's plan at work, None for exact attention.
         trees: each sequence's draft tree, bool [count, count] which of its new tokens each sees;
@@ -58,6 +56,7 @@ class StepAttention:
         plain = [life is None or life.direct for life in lives[: self._n_decode]]
         self._n_plain = plain.index(False) if False in plain else self._n_decode
         self._shared = SharedDecode.of(view, self._n_plain)
+        self._encoded = EncodedDecode(lives[: self._n_plain])
         self._spans: list[tuple[int, int]] = []  # first token and end of each sequence
         end = 0
         for count in counts:
@@ -92,10 +91,11 @@ class StepAttention:
         n = self._n_plain
         if n:
             if self._shared is not None and window is None:
-                parts.append(self._shared(layer, q[:n], options))
+                state = self._shared(layer, q[:n], options)
             else:
                 pages = self._view.pages(layer, 0, n, with_new=True)
-                parts.append(_decode(q[:n], pages, options, self._positions[:n]))
+                state = _decode(q[:n], pages, options, self._positions[:n])
+            parts.append(self._encoded(layer, q[:n], state, options))
         for life in self._lives:
             if life is not None:
                 life.layers[layer].options = options
@@ -142,18 +142,18 @@ class StepAttention:
         if select is not None and life.generating and options.window is None:
             chosen = life.ask(lambda: select.select(DecodeQuery(life, layer, q, pages)))
         listed: TokenList | None = None
-        live, encoded = pages, None
+        live, numbers = pages, None
         if chosen is not None and chosen.pages is not None:
-            encoded, before = chosen.pages, None
+            numbers, before = chosen.pages, None
             if life.plan.codec is not None:
                 before = life.encoded_lengths(layer)[None] // pages.format.page_size
-            live = narrowed(pages, encoded[None], before)
+            live = narrowed(pages, numbers[None], before)
         elif chosen is not None and chosen.tokens is not None:
             real = chosen.tokens < pages.lengths[0][:, None]
             listed = TokenList(chosen.tokens[None].int(), real.sum(1)[None].int())
         state = _decode(q, live, options, at, listed)
-        state = self._with_stores(life, layer, q, state, options, encoded)
-        inspection.note_decode(life, layer, pages, live, listed, encoded)
+        state = self._with_stores(life, layer, q, state, options, numbers)
+        inspection.note_decode(life, layer, pages, live, listed, numbers)
         if chosen is not None and chosen.rest is not None and chosen.rest_weight is not None:
             out, lse = state
             group = q.shape[1] // len(chosen.rest)
@@ -234,9 +234,10 @@ class StepAttention:
         q: Tensor,
         state: State,
         options: LayerOptions,
-        encoded: Tensor | None,
+        chosen: Tensor | None,
     ) -> State:
-        """`state` merged with attention over what lies beside the live pages."""
+        """`state` merged with attention over what lies beside the live pages, of the encoded pages
+        only those `chosen`, numbers [kv_heads, n], where given."""
         host = stores.host_pages(life, layer)
         if host is not None:
             how: dict[str, Any] = {"scale": options.scale, "softcap": options.softcap}
@@ -249,7 +250,13 @@ class StepAttention:
                 state = _merged(
                     state, prefill(q, empty, values, host, positions=at, own=False, **how)
                 )
-        rest = list(stores.parts(life, layer, encoded)) if stores.held(life) else []
+        read = stores.readable(life) if len(q) == 1 else None
+        pages = stores.encoded_pages(life, layer) if read is not None else None
+        if read is not None and pages is not None:
+            pages = pages if chosen is None else narrowed(pages, chosen[None])
+            state = encoded.merged(state, q, pages, read[1], options)
+        held = stores.held(life)
+        rest = list(stores.parts(life, layer, chosen, encoded=read is None)) if held else []
         if rest:
             v_dim = state[0].shape[2]
             part = attend_parts(q, rest, v_dim, scale=options.scale, softcap=options.softcap)

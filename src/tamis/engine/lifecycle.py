@@ -148,9 +148,10 @@ class Lifecycle:
 
     @property
     def direct(self) -> bool:
-        """Whether a decode step reads all live pages and nothing else."""
+        """Whether a decode step reads all live pages and, beside encoded ones that attention can
+        read as they are, nothing else."""
         selects = self.generating and self.plan.select is not None
-        return not selects and self.sees is None and not stores.held(self)
+        return not selects and self.sees is None and not stores.held_apart(self)
 
     def begin_at(self, n_tokens: int) -> None:
         """Count the tokens that the cache was given in full pages as settled, with summaries."""

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tamis.attention.encoding import PageEncoding
 from tamis.attention.parts import KVPart
-from tamis.cache import Field, OutOfPages, PagedKV, PageFormat
+from tamis.cache import Field, OutOfPages, PagedKV, PageFormat, Store
 from tamis.engine import rest
 from tamis.engine.views import CachedLayer
 from tamis.methods.views import Column
@@ -70,6 +71,25 @@ def held(life: Lifecycle) -> bool:
     return any(bool(store.lengths.any()) for store in life.cache.stores.values())
 
 
+def held_apart(life: Lifecycle) -> bool:
+    """Whether any token lies in a store that decode steps do not read with those of other
+    sequences (`readable`)."""
+    return any(
+        bool(store.lengths.any())
+        for name, store in life.cache.stores.items()
+        if name != CODEC or _encoding(life) is None
+    )
+
+
+def readable(life: Lifecycle) -> tuple[Store, PageEncoding] | None:
+    """The store of encoded pages, and how attention reads them where they lie; None where it
+    cannot, or there are none."""
+    store, encoding = life.cache.stores.get(CODEC), _encoding(life)
+    if store is None or encoding is None or not store.lengths.any():
+        return None
+    return store, encoding
+
+
 def act(life: Lifecycle, *, at_end: bool) -> None:
     """Move to stores what the plan's methods want there at this moment; to do so again has no
     further effect.
@@ -90,17 +110,20 @@ def act(life: Lifecycle, *, at_end: bool) -> None:
             _offload(life)
 
 
-def parts(life: Lifecycle, layer: int, pages: Tensor | None = None) -> Iterator[KVPart]:
+def parts(
+    life: Lifecycle, layer: int, pages: Tensor | None = None, *, encoded: bool = True
+) -> Iterator[KVPart]:
     """What lies in the encoded, shared and rest stores of a layer, piece by piece.
 
     Args:
         life: whose.
         layer: the layer.
+        encoded: whether to read the encoded pages.
         pages: only these encoded pages, per head ascending, int64 [kv_heads, n]; those that a head
             does not have are passed over. None for all.
     """
     plan, cache = life.plan, life.cache
-    if layer in _covered(life, CODEC):
+    if encoded and layer in _covered(life, CODEC):
         yield from _encoded(life, layer, pages)
     if plan.share is not None and layer in _covered(life, SHARE):
         lengths = cache.store_length(SHARE, layer)
@@ -295,6 +318,10 @@ def _summarize(life: Lifecycle) -> None:
             for name, values in select.summarize(_in_pages(k, size)).items():
                 cache.set_summaries(layer, name, first, values[:, :, None])
         mine.summarized = now
+
+
+def _encoding(life: Lifecycle) -> PageEncoding | None:
+    return None if life.plan.codec is None else life.plan.codec.encoding()
 
 
 def _covered(life: Lifecycle, name: str) -> Collection[int]:

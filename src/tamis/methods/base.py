@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from tamis.attention.encoding import PageEncoding, restore
 from tamis.errors import PlanError
 from tamis.methods.views import (
     ChunkView,
@@ -393,9 +394,18 @@ class Codec(Method):
             Every field: [kv_heads, pages, page_size or rows, width].
         """
 
-    @abstractmethod
+    def encoding(self) -> PageEncoding | None:
+        """What the fields mean, so that attention can read them as they are; None for a codec with
+        a `decode` of its own, whose pages are decoded a few at a time to be read."""
+        return None
+
     def decode(self, page: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values of encoded pages, fp32, from the fields as `encode` returned them."""
+        """Keys and values of encoded pages, fp32, from the fields as `encode` returned them: by the
+        `encoding`, unless a codec without one overrides this."""
+        encoding = self.encoding()
+        if encoding is None:
+            raise TypeError(f"{type(self).__name__} must define `encoding` or `decode`")
+        return restore(page, encoding)
 
 
 class Share(Method):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tamis.attention.encoding import PageEncoding, restore
 from tamis.errors import PlanError
 from tamis.methods.base import param
 from tamis.methods.codec.kivi import KIVI
@@ -32,7 +33,7 @@ class GEAR(KIVI):
     tokens beyond it are less than a page. A page has too few tokens for s / 2 per cent of each
     channel, so the page's elements farthest from their vector's median are the outliers, as many
     in every page; in `D` the median stands in their place, which stretches no group. They are
-    stored in 16 bits and take the place of `D + L` when read. Power iterations begin at the same
+    stored as what they exceed `D + L` by, in 16 bits. Power iterations begin at the same
     random matrix every time. The factors are rounded to 16 bits. `sparsity=0` is the paper's
     GEAR-L.
 
@@ -45,7 +46,7 @@ class GEAR(KIVI):
         "of LLM (arXiv:2403.05527)"
     )
 
-    bits: int = param(4, "bits per element", choices=(2, 4, 8))
+    bits: int = param(4, "bits per element", choices=(1, 2, 3, 4, 8))
     group_size: int = param(64, "elements that share a scale and a zero-point", minimum=1)
     residual: int = param(20, "last tokens that stay exact", minimum=0)
     rank: int = param(4, "rank of the approximation of the error", minimum=1)
@@ -79,27 +80,25 @@ class GEAR(KIVI):
         v_median = v.median(3, keepdim=True).values.expand_as(v)
         k_places, v_places = self._places(k, k_median), self._places(v, v_median)
         page = self.quantized(_put(k, k_places, k_median), _put(v, v_places, v_median), half)
-        k_read, v_read = super().decode(page)
-        for name, x, places, read in (("k", k, k_places, k_read), ("v", v, v_places, v_read)):
+        backbone = restore(page, super().encoding())
+        sides = zip("kv", (k, v), (k_places, v_places), backbone, strict=True)
+        for name, x, places, read in sides:
             left, right = _low_rank(_put(x - read, places, torch.zeros_like(x)), self.rank)
-            page[f"{name}_left"] = left.to(half)
-            page[f"{name}_right"] = saturated(right, half)
+            left, right = left.to(half), saturated(right, half)
+            page[f"{name}_left"], page[f"{name}_right"] = left, right
             if places.shape[-1]:
-                outliers = x.flatten(2).gather(2, places)[:, :, None]
+                missing = x - (read + left.float() @ right.float())
+                outliers = missing.flatten(2).gather(2, places)[:, :, None]
                 page[f"{name}_places"] = places[:, :, None].to(_index_dtype(x[0, 0].numel()))
                 page[f"{name}_outliers"] = saturated(outliers, half)
         return page
 
-    def decode(self, page: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = super().decode(page)
-        return self._corrected(k, "k", page), self._corrected(v, "v", page)
-
-    def _corrected(self, x: Tensor, name: str, page: dict[str, Tensor]) -> Tensor:
-        x = x + page[f"{name}_left"].float() @ page[f"{name}_right"].float()
-        if f"{name}_places" not in page:
-            return x
-        places, outliers = page[f"{name}_places"].squeeze(2), page[f"{name}_outliers"].squeeze(2)
-        return x.flatten(2).scatter(2, places.long(), outliers.float()).view_as(x)
+    def encoding(self) -> PageEncoding:
+        backbone, outliers = super().encoding(), self.sparsity > 0
+        return PageEncoding(
+            replace(backbone.k, low_rank=True, outliers=outliers),
+            replace(backbone.v, low_rank=True, outliers=outliers),
+        )
 
     def _outliers(self, elements: int) -> int:
         """Outliers of a page of so many elements."""

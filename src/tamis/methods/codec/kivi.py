@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tamis.attention.encoding import Encoding, PageEncoding, Quantized, pack, packed_bytes
 from tamis.errors import PlanError
 from tamis.methods.base import Codec, param
-from tamis.methods.codec.quantize import half_dtype, pack, quantize, unpack
+from tamis.methods.codec.quantize import half_dtype, quantize
 from tamis.methods.views import Column, LayerView
 
 
@@ -32,15 +33,16 @@ class KIVI(Codec):
     attended before it is quantized, and so it is here. `z` is rounded down and `s` up to 16 bits,
     so that no error exceeds `s / 2`; constant groups of 16-bit numbers are exact.
 
-    Codes lie along channels, `8 / bits` per byte, the first in the lowest bits. A token costs
-    `(k_dim + v_dim) * (bits + 32 / group_size) / 8` bytes.
+    Codes lie along channels, `16 // bits` per 16-bit word (`tamis.attention.encoding.pack`). A
+    token costs `(k_dim + v_dim) * (bits + 32 / group_size) / 8` bytes, but that rows of codes end
+    with whole words, of which 3-bit codes fill 15 bits.
     """
 
     paper: ClassVar[str] = (
         "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv:2402.02750)"
     )
 
-    bits: int = param(2, "bits per element", choices=(2, 4, 8))
+    bits: int = param(2, "bits per element", choices=(1, 2, 3, 4, 8))
     group_size: int = param(32, "elements that share a scale and a zero-point", minimum=1)
     residual: int = param(128, "last tokens that stay exact", minimum=0)
 
@@ -50,18 +52,12 @@ class KIVI(Codec):
                 f"{self}: groups of {self.group_size} do not divide pages of {page_size} tokens "
                 f"and values of {v_dim} channels; group_size={gcd(page_size, v_dim)} would"
             )
-        if (k_dim * self.bits) % 8 or (v_dim * self.bits) % 8:
-            fits = next(b for b in (2, 4, 8) if (k_dim * b) % 8 == 0 == (v_dim * b) % 8)
-            raise PlanError(
-                f"{self}: heads of {k_dim} and {v_dim} channels do not fill whole bytes at "
-                f"{self.bits} bits; bits={fits} would"
-            )
         half, key_groups = half_dtype(dtype), page_size // self.group_size
         return [
-            Column("k_codes", torch.uint8, k_dim * self.bits // 8),
+            Column("k_codes", torch.uint8, packed_bytes(k_dim, self.bits)),
             Column("k_scale", half, k_dim, rows=key_groups),
             Column("k_zero", half, k_dim, rows=key_groups),
-            Column("v_codes", torch.uint8, v_dim * self.bits // 8),
+            Column("v_codes", torch.uint8, packed_bytes(v_dim, self.bits)),
             Column("v_scale", half, v_dim // self.group_size),
             Column("v_zero", half, v_dim // self.group_size),
         ]
@@ -69,14 +65,10 @@ class KIVI(Codec):
     def encode(self, k: Tensor, v: Tensor, view: LayerView) -> dict[str, Tensor]:
         return self.quantized(k.float(), v.float(), half_dtype(k.dtype))
 
-    def decode(self, page: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k = torch.unflatten(unpack(page["k_codes"], self.bits), 2, (-1, self.group_size))
-        v = torch.unflatten(unpack(page["v_codes"], self.bits), 3, (-1, self.group_size))
-        k_scale, k_zero = (page[name].float()[:, :, :, None] for name in ("k_scale", "k_zero"))
-        v_scale, v_zero = (page[name].float()[..., None] for name in ("v_scale", "v_zero"))
-        return (
-            torch.addcmul(k_zero, k.float(), k_scale).flatten(2, 3),
-            torch.addcmul(v_zero, v.float(), v_scale).flatten(3, 4),
+    def encoding(self) -> PageEncoding:
+        return PageEncoding(
+            Encoding(Quantized(self.bits, self.group_size, "tokens")),
+            Encoding(Quantized(self.bits, self.group_size, "channels")),
         )
 
     def quantized(self, k: Tensor, v: Tensor, half: torch.dtype) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Uniform quantization of groups of numbers to few bits, and packing of the codes into bytes.
+"""Uniform quantization of groups of numbers to few bits.
 
 A group is stored as its smallest element `z` (the zero-point), a scale `s` and one code per
 element, `x ~ code * s + z` with `0 <= code < 2**bits`. `z` is rounded down and `s` up to their
@@ -28,7 +28,7 @@ def quantize(x: Tensor, dim: int, bits: int, dtype: torch.dtype) -> tuple[Tensor
     Args:
         x: fp32, any shape. Elements beyond the range of `dtype` saturate.
         dim: a group is all elements that differ in this index only.
-        bits: 2 to 8.
+        bits: 1 to 8.
         dtype: of scales and zero-points, a 16-bit type.
 
     Returns:
@@ -43,26 +43,6 @@ def quantize(x: Tensor, dim: int, bits: int, dtype: torch.dtype) -> tuple[Tensor
     divisor = scale.float().where(scale > 0, 1.0)
     codes = ((x - zero.float()) / divisor).round().clamp(0, levels)
     return codes.to(torch.uint8), scale, zero
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes along the last dimension, `8 // bits` per byte, the first in the lowest bits.
-
-    Args:
-        codes: uint8 [..., n] below `2**bits`; n a multiple of `8 // bits`.
-        bits: 1, 2, 4 or 8.
-
-    Returns:
-        uint8 [..., n * bits / 8].
-    """
-    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    return (torch.unflatten(codes, -1, (-1, len(shifts))) << shifts).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The codes that `pack` packed, uint8 [..., n]."""
-    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, *, down: bool) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tamis.attention.encoding import Encoding, PageEncoding, Plain, Pruned
 from tamis.errors import PlanError
 from tamis.methods.base import Codec, param
 from tamis.methods.views import Column, LayerView, Needs, group_sum, top_mask
@@ -65,11 +66,8 @@ class ThinK(Codec):
             "v": v,
         }
 
-    def decode(self, page: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        kept, mask = page["k_kept"].float(), page["k_mask"]
-        zeros = kept.new_zeros(*kept.shape[:3], mask.shape[3])
-        channels = self._channels(mask).expand_as(kept)
-        return zeros.scatter(3, channels, kept), page["v"].float()
+    def encoding(self) -> PageEncoding:
+        return PageEncoding(Encoding(Pruned()), Encoding(Plain()))
 
     def _kept(self, k_dim: int) -> int:
         # (1 - 0.9) * 10 is a hair below 1 in floating point, and is meant to be 1.

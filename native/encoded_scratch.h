@@ -1,0 +1,143 @@
+// How the codes of encoded pages meet vectors of a size, and what memory that needs.
+//
+// Internal linkage, as in element.h: compiled once per instruction set.
+#pragma once
+
+#include "encoded.h"
+
+namespace tamis {
+namespace {
+
+// Rows of codes that are decoded at once where they are not multiplied as integers.
+constexpr int64_t kDecodedRows = 16;
+
+// Codes in vectors of so many bytes.
+struct Packing {
+  int64_t rows = 0;  // of a page per vector; 0 where codes are not multiplied as integers
+  int64_t vectors = 1;  // per row
+  int64_t groups = 1;   // of channels, for values
+};
+
+// Pages of a block, about kBlock tokens.
+[[maybe_unused]] inline int64_t block_pages(int64_t page_size) {
+  return page_size < kBlock ? kBlock / page_size : 1;
+}
+
+[[maybe_unused]] inline int64_t block_tokens(int64_t page_size) {
+  return block_pages(page_size) * page_size;
+}
+
+// Whether a sum of `count` products of codes with 16-bit integers fits 32 bits.
+[[maybe_unused]] inline bool sums_fit(int64_t count, int64_t bits) {
+  return count * ((int64_t{1} << bits) - 1) * 32767 < int64_t{1} << 31;
+}
+
+// Rows of whole 32-bit words of which `bytes` bytes hold several fill them, if their number
+// divides `run`, the rows that lie one after the other.
+[[maybe_unused]] inline Packing packing_of(const Side& side, int64_t run, int64_t bytes) {
+  const int64_t row_bytes = side.words() * 2;
+  Packing packing;
+  packing.rows = row_bytes % 4 == 0 && bytes % row_bytes == 0 ? bytes / row_bytes : 1;
+  if (run % packing.rows != 0) packing.rows = 1;
+  packing.vectors = packing.rows > 1 ? 1 : (row_bytes + bytes - 1) / bytes;
+  return packing;
+}
+
+[[maybe_unused]] inline Packing packing_of_keys(const Side& side, int64_t page_size,
+                                                int64_t bytes) {
+  (void)page_size;
+  if (side.rows != Rows::by_channel || !sums_fit(side.dim, side.bits)) return {};
+  return packing_of(side, side.group, bytes);
+}
+
+[[maybe_unused]] inline Packing packing_of_values(const Side& side, int64_t page_size,
+                                                  int64_t bytes) {
+  if (side.rows != Rows::by_token || page_size % 2 != 0) return {};
+  const int64_t width = bytes / 4, words = side.words();
+  Packing packing = packing_of(side, page_size / 2, bytes);
+  packing.groups = side.dim / side.group;
+  const bool power = (packing.groups & (packing.groups - 1)) == 0;
+  if (!power || packing.rows * packing.groups > width ||
+      page_size * packing.groups % width != 0 ||
+      !sums_fit(block_tokens(page_size) / packing.rows, side.bits)) {
+    return {};
+  }
+  // The channels of a vector of one plane must share their groups.
+  for (int64_t p = 0; p < side.planes(); ++p) {
+    for (int64_t first = 0; first < words; first += bytes / 2) {
+      const int64_t end = first + bytes / 2 < words ? first + bytes / 2 : words;
+      const int64_t low = p * words + first, high = p * words + end;
+      const int64_t last = (high < side.dim ? high : side.dim) - 1;
+      if (low <= last && low / side.group != last / side.group) return {};
+    }
+  }
+  return packing;
+}
+
+// The kernel's memory. Strides are in elements, per query.
+struct EncodedScratch {
+  float* q;         // [group, padded k_dim]
+  float* packed_q;  // [group, padded k_dim]: as inner products take them
+  float* scores;    // [group, score_stride]
+  float* rescale;   // [group]
+  float* step;      // [group]: what 1 of the 16-bit integers stands for
+  float* base;      // [group]: q . zero
+  float* rows;      // [kDecodedRows, padded dim]
+  float* left;      // [rank, score_stride]
+  int16_t* q16;     // [group, q16_stride]
+  float* plane_sums;      // [group, plane_stride]
+  float* zeros;           // [group, vector]: the zero-points' part of the sums
+  float* weighted;        // [block tokens, groups]
+  int16_t* w16;           // [block tokens, groups]
+  int16_t* index;         // [groups, vector]
+  uint8_t* pairs;         // the block's words, interleaved
+  uint8_t* pair_weights;  // [groups, pairs, group, vector]
+  const uint8_t* mask_of;  // of the channels that packed_q has
+  int64_t score_stride, q16_stride, plane_stride;
+};
+
+// Point `to` at its parts of the memory from `base`, for vectors of `bytes` bytes; returns the
+// floats that it takes.
+[[maybe_unused]] inline int64_t carve(const EncodedRange& r, int64_t bytes, float* base,
+                                      EncodedScratch* to) {
+  constexpr int64_t kLine = 16;  // floats
+  int64_t taken = 0;
+  const auto take = [&](int64_t n_bytes) {
+    float* const at = base == nullptr ? nullptr : base + taken;
+    // What follows may be read up to a vector beyond its end.
+    taken += (n_bytes / 4 / kLine + 2) * kLine + kLine;
+    return at;
+  };
+  const Packing values = packing_of_values(r.v, r.page_size, bytes);
+  const int64_t tokens = block_tokens(r.page_size), group = r.group;
+  const int64_t k_pad = padded(r.k.dim), v_pad = padded(r.v.dim);
+  const int64_t most_pad = k_pad > v_pad ? k_pad : v_pad;
+  const int64_t rank = r.k.rank > r.v.rank ? r.k.rank : r.v.rank;
+  to->score_stride = (tokens / kLine + 1) * kLine + 5 * kLine;
+  to->q16_stride = 2 * k_pad + 2 * kPad;
+  to->plane_stride = 0;
+  to->q = take(group * k_pad * 4);
+  to->packed_q = take(group * k_pad * 4);
+  to->scores = take(group * to->score_stride * 4);
+  to->rescale = take(group * 4);
+  to->step = take(group * 4);
+  to->base = take(group * 4);
+  to->rows = take(kDecodedRows * most_pad * 4);
+  to->left = take(rank * to->score_stride * 4);
+  to->q16 = reinterpret_cast<int16_t*>(take(group * to->q16_stride * 2));
+  if (values.rows > 0) {
+    const int64_t n_pairs = tokens / (2 * values.rows);
+    to->plane_stride = values.vectors * r.v.planes() * 2 * (bytes / 4);
+    to->plane_sums = take(group * to->plane_stride * 4);
+    to->zeros = take(group * bytes);
+    to->weighted = take(tokens * values.groups * 4);
+    to->w16 = reinterpret_cast<int16_t*>(take(tokens * values.groups * 2));
+    to->index = reinterpret_cast<int16_t*>(take(values.groups * bytes));
+    to->pairs = reinterpret_cast<uint8_t*>(take(n_pairs * values.vectors * 2 * bytes));
+    to->pair_weights = reinterpret_cast<uint8_t*>(take(values.groups * n_pairs * group * bytes));
+  }
+  return taken;
+}
+
+}  // namespace
+}  // namespace tamis
