@@ -15,6 +15,7 @@ are written anew from all lines.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from peers_page import page as render
 from peers_page import write_page
 from peers_roster import ENGINES, PARTS, Part, quick_parts, shape_of
 from peers_run import run
-from peers_summary import summarize
+from peers_summary import QUIET, summarize
 from tamis.cli.machine import this_machine
 from tamis.cli.terminal import quiet_logs
 
@@ -96,6 +97,8 @@ def measure(parts: list[Part], threads: int, path: Path, console: Console) -> No
         console.print(f"{title}: {time.perf_counter() - start:.0f} s")
         for name, why in record["failed"].items():
             console.print(f"  {name} failed: {why}")
+        if record["others"] > QUIET:
+            console.print(f"  other processes took {record['others']:.0%} of the processors")
 
 
 def _check_installed(parts: list[Part]) -> None:
@@ -124,6 +127,8 @@ def main(
 ) -> None:
     """Measure tamis against other engines."""
     quiet_logs(debug=False)
+    # Engines are ended with the benchmark, however it is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(threads)
     console = Console(stderr=True, highlight=False)
     done = records(RESULTS)

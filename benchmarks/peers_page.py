@@ -61,7 +61,12 @@ def page(summary: Row, notes: str = "") -> str:
         parts += ["## Requests at once", _CROWD_WORDS]
     for rows in _crowd_groups(summary["crowds"]):
         parts.append(_crowd_table(rows))
-    parts += [_profiles(summary["series"]), _failures(summary["failed"]), _REPEAT]
+    parts += [
+        _profiles(summary["series"]),
+        _disturbed(summary["disturbed"]),
+        _failures(summary["failed"]),
+        _REPEAT,
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -196,6 +201,16 @@ def _profiles(series: Sequence[Row]) -> str:
     return (
         "## Where a decode step goes\n\nMilliseconds per token of exact attention, under Python's "
         "profiler, which slows down what is not a kernel.\n\n" + _table(("", *names), cells)
+    )
+
+
+def _disturbed(parts: Mapping[str, float]) -> str:
+    if not parts:
+        return ""
+    shares = ", ".join(f"{name} ({share:.0%})".replace("%", " %") for name, share in parts.items())
+    return (
+        "Parts in which other processes took more than a twentieth of the processors, so that "
+        f"times are too long and uneven: {shares}."
     )
 
 

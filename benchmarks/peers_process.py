@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from peers_install import python_of
 from peers_roster import Engine
 
@@ -69,6 +71,12 @@ class Process:
         except (BrokenPipeError, ValueError):  # it has died, or was closed
             raise EngineError(f"the process has ended; its output is in {self._log}") from None
         return self._answer(timeout_s)
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds that it has taken."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
 
     def close(self) -> None:
         """End the process, whatever it does."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from peers_process import EngineError, Process
 from peers_roster import ENGINES, Part
@@ -53,6 +56,11 @@ class Field:
             else:
                 note(self.samples.setdefault(name, {}), value)
 
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds that the engines which still run have taken."""
+        return sum(process.cpu_s for process in self._processes.values())
+
     def close(self) -> None:
         """End every process."""
         for process in self._processes.values():
@@ -73,17 +81,21 @@ def run(
 
     Returns:
         What is measured, as one line of JSON: samples by engine, the machine's rates (the best of
-        before and after), and why engines failed.
+        before and after), the share of its processors that other processes took, and why engines
+        failed.
     """
     say("the machine's rates")
     rates = [measure_rates()]
     with _field(say) as field:
         for name in part.engines:
             field.start(name, directory, threads, logs / f"{name}.log")
+        busy, ours, start = _busy_s(), field.cpu_s, time.perf_counter()
         if part.requests:
             _requests(part, field)
         else:
             _steps(part, field)
+        wall = psutil.cpu_count() * (time.perf_counter() - start)
+        others = max(0.0, _busy_s() - busy - (field.cpu_s - ours)) / wall
     say("the machine's rates")
     rates.append(measure_rates())
     return {
@@ -91,9 +103,18 @@ def run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": threads,
         "rates": asdict(best_rates(rates)),
+        "others": others,
         "samples": field.samples,
         "failed": field.failed,
     }
+
+
+def _busy_s() -> float:
+    """Processor seconds of everything that has run on this machine, and what its host took."""
+    times = psutil.cpu_times()._asdict()
+    return sum(
+        times.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal")
+    )
 
 
 def _steps(part: Part, field: Field) -> None:

@@ -18,6 +18,8 @@ from tamis.cli.machine import Machine, Rates
 from timing import Spread
 
 Record = Mapping[str, Any]
+QUIET = 0.05
+"""The share of the processors that others may take before a part's times are doubted."""
 STEPS = ("prefill_s", "decode_s")
 
 
@@ -63,6 +65,11 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
         "rates": {
             name: asdict(Spread.of([record["rates"][name] for record in records]))
             for name in (records[0]["rates"] if records else ())
+        },
+        "disturbed": {
+            record["part"]["name"]: record["others"]
+            for record in records
+            if record["others"] > QUIET
         },
         "failed": {
             f"{record['part']['name']}: {engine}": why
