@@ -35,6 +35,18 @@ class KVMemoryError(TamisError, MemoryError):
     """The KV memory is too small for one request, however it is scheduled."""
 
 
+class OverloadError(TamisError):
+    """A request would wait for longer than its sender is willing to.
+
+    Attributes:
+        retry_s: seconds after which it would not.
+    """
+
+    def __init__(self, message: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
 class EngineError(TamisError, RuntimeError):
     """The engine ended before a request did."""
 

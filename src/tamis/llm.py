@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from rich.console import Console
@@ -28,11 +28,13 @@ from rich.progress import (
 )
 
 from tamis.engine.engine import Engine
+from tamis.engine.order import Order
 from tamis.engine.outputs import Increment, RequestOutput
+from tamis.engine.pace import Pace
 from tamis.engine.scheduler import Preemption
 from tamis.engine.stream import RequestStream
 from tamis.engine.trace import Trace
-from tamis.errors import ConfigError, EngineError, RequestError
+from tamis.errors import ConfigError, EngineError, OverloadError, RequestError
 from tamis.guide import JsonGuide, Vocabulary
 from tamis.inspection import Inspection
 from tamis.inspection.assemble import assemble
@@ -43,6 +45,7 @@ from tamis.platform import available_memory, format_bytes, parse_bytes
 from tamis.sampling import SamplingParams
 
 Prompt = str | Seq[int]
+Read = TypeVar("Read")
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +71,9 @@ class LLM:
         prefix_cache: whether prompts begin with the KV pages that earlier ones computed for the
             same tokens, which are kept until somebody needs their room. Off unless asked for, so
             that a prompt that is measured twice is computed twice; servers switch it on.
+        order: who goes first; by default who came first.
+        pace: how many prompt tokens join a step in which other requests decode; by default as many
+            as fit, which is fastest for all of them together.
         trust_remote_code: whether a model directory may bring its own code.
 
     Raises:
@@ -91,6 +97,8 @@ class LLM:
         swap_memory: str | int | None = None,
         host_memory: str | int | None = None,
         prefix_cache: bool = False,
+        order: Order | None = None,
+        pace: Pace | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.plan = Plan.parse(plan)
@@ -119,6 +127,8 @@ class LLM:
             swap_bytes=swap_bytes,
             host_bytes=kv_bytes if host_memory is None else parse_bytes(host_memory),
             prefix_cache=prefix_cache,
+            order=order,
+            pace=pace,
         )
         self._inboxes: dict[str, list[Increment]] = {}
 
@@ -432,6 +442,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         user: str = "",
+        max_wait_s: float | None = None,
     ) -> RequestStream:
         """Have prompts taken in, all of them or none.
 
@@ -443,9 +454,11 @@ class AsyncLLM:
             plan: of all of them; None is the `LLM`'s own.
             request_ids: names, one per prompt; by default numbers.
             priority, user: what the engine's order may go by.
+            max_wait_s: how long their first tokens may be expected to take.
 
         Raises:
-            As `LLM.generate`; EngineError after `close()`.
+            As `LLM.generate`; EngineError after `close()`; OverloadError where they would take
+            longer than `max_wait_s`.
         """
         loop = asyncio.get_running_loop()
         tokens = [
@@ -466,6 +479,8 @@ class AsyncLLM:
                         ids, its_params, its_plan, name, priority=priority, user=user
                     )
                     self._streams[name] = stream
+                if max_wait_s is not None:
+                    _check_wait(engine, stream.request_ids, max_wait_s)
             except BaseException:
                 self._leave(stream)
                 raise
@@ -508,6 +523,16 @@ class AsyncLLM:
                 yield increment
         finally:
             self.leave(stream)
+
+    async def read(self, what: Callable[[Engine], Read]) -> Read:
+        """What a function sees of the engine between two of its steps; it must change nothing.
+
+        Raises:
+            EngineError: after `close()`.
+        """
+        seen: list[Read] = []
+        await asyncio.wrap_future(self._submit(lambda: seen.append(what(self._llm.engine))))
+        return seen[0]
 
     async def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last increment with finish_reason "abort"."""
@@ -647,6 +672,16 @@ class _Command:
 def _wake_all(streams: Iterable[RequestStream]) -> None:
     for stream in streams:
         stream.wake()
+
+
+def _check_wait(engine: Engine, request_ids: Iterable[str], most_s: float) -> None:
+    wait_s = max(engine.expected_wait_s(request_id) for request_id in request_ids)
+    if wait_s > most_s:
+        raise OverloadError(
+            f"the first token is expected in {wait_s:.1f} s, where {most_s:g} s are the most; "
+            "try again later",
+            retry_s=wait_s - most_s,
+        )
 
 
 class _Progress:

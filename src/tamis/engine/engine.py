@@ -29,6 +29,7 @@ from tamis.engine.scheduler import Preemption, Scheduler, Work
 from tamis.engine.sequence import Request, Sequence, Status
 from tamis.engine.text import TextStream
 from tamis.engine.trace import Trace
+from tamis.engine.wait import expected_wait_s
 from tamis.errors import ConfigError, KVMemoryError, PlanError, RequestError
 from tamis.methods.views import LayerShape as MethodLayerShape
 from tamis.methods.views import ModelShape
@@ -311,9 +312,14 @@ class Engine:
             self._new_text(prompt, params),
         )
         request.sequences.append(sequence)
+        request.n_reusable = self.prefixes.found(sequence)
         self._requests[request_id] = request
         self.scheduler.add(sequence)
         return request_id
+
+    def expected_wait_s(self, request_id: str) -> float:
+        """Seconds until a request that was just added gets its first token; see `wait`."""
+        return expected_wait_s(self.scheduler, self._requests[request_id].sequences[0])
 
     def expected_tokens(self, request_ids: Iterable[str]) -> tuple[int, int]:
         """Prompt tokens to compute and tokens to generate at the most, for showing progress."""

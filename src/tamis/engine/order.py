@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from tamis.errors import ConfigError
@@ -27,6 +27,15 @@ class Order(ABC):
     def outranks(self, waiting: Sequence, running: Sequence) -> bool:
         """Whether a waiting sequence that finds no room may take the pages of a running one."""
         return False
+
+    def tokens_ahead(self, sequence: Sequence, left: Mapping[Sequence, int]) -> int:
+        """Tokens that others get before a queued sequence has its first.
+
+        Args:
+            left: of every sequence, its own among them, the tokens that it has yet to compute.
+        """
+        key = self.key(sequence)
+        return sum(n for other, n in left.items() if self.key(other) < key)
 
     def arrived(self, sequence: Sequence, others: Collection[Sequence]) -> None:
         """Note that a request has come in while `others` wait or run."""
@@ -88,6 +97,18 @@ class FairShare(Order):
     def outranks(self, waiting: Sequence, running: Sequence) -> bool:
         least = self._served[waiting.request.user] + self.quantum
         return self._served[running.request.user] > least
+
+    def tokens_ahead(self, sequence: Sequence, left: Mapping[Sequence, int]) -> int:
+        """All of what its own user sent before; of others as much as its user gets meanwhile."""
+        before = 0
+        of_others: defaultdict[str, int] = defaultdict(int)
+        for other, n in left.items():
+            if other.request.user != sequence.request.user:
+                of_others[other.request.user] += n
+            elif _arrival(other) < _arrival(sequence):
+                before += n
+        own = before + left[sequence]
+        return before + sum(min(n, own) for n in of_others.values())
 
     def arrived(self, sequence: Sequence, others: Collection[Sequence]) -> None:
         user = sequence.request.user

@@ -59,6 +59,14 @@ class PrefixReuse:
                 return True
         return False
 
+    def found(self, sequence: Sequence) -> int:
+        """Tokens whose pages there are for a waiting sequence now."""
+        n_most = self._most(sequence)
+        if n_most < self._page_size:
+            return 0
+        block = self.tree.match(sequence.tokens, n_most, self._columns(sequence))
+        return 0 if block is None else block.depth * self._page_size
+
     def begin(self, sequence: Sequence) -> None:
         """Give a waiting sequence a cache, with the longest prefix that there is for it: the pages
         of others, or of the context that it goes on from."""

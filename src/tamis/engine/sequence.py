@@ -157,6 +157,7 @@ class Request:
         max_total: prompt and output tokens at which a sequence ends by "length".
         priority: the smaller goes first, where the order asks for it.
         user: whose share of the service it takes, where the order asks for it.
+        n_reusable: tokens of the prompt that it could have begun with when it arrived.
         cached_tokens: tokens of the prompt that it began with.
         context: what it goes on from, which its prompt begins with.
         makes: the context that its prompt is to become.
@@ -180,6 +181,7 @@ class Request:
     kv_bytes: int = 0
     kv_bytes_peak: int = 0
     preemptions: int = 0
+    n_reusable: int = 0
     cached_tokens: int = 0
     context: Context | None = None
     makes: Context | None = None
