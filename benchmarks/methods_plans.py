@@ -58,7 +58,7 @@ def _fixed(method: str, plan: str = "", *timed: str) -> Setting:
 # beside them. RazorAttention's buffer of 4,000 tokens would hold most of the judged prompts; a
 # smaller one leaves the decision to its share of a fifth.
 SETTINGS = (
-    _fixed("minference", "", MINFERENCE, "minference()"),
+    _fixed("minference", "", MINFERENCE, "minference(slashes=100)", "minference()"),
     _fixed("flexprefill", "", FLEXPREFILL, "flexprefill()"),
     _budgeted("gemfilter", "gemfilter(budget={})"),
     _fixed("lazyllm"),

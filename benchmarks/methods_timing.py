@@ -39,12 +39,14 @@ class Case:
         new_tokens: generated after it, at least 3.
         exact_every: so many plans share one prompt that exact attention computed; each still
             decodes in turns with it.
+        patience_s: seconds of decoding after which a plan need not generate the rest.
     """
 
     length: int
     rounds: int
     new_tokens: int
     exact_every: int = 1
+    patience_s: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,18 @@ class Request:
             if self.metrics is None:
                 self._steps.append(self._next())
 
-    def close(self) -> None:
-        """Free its pages, wherever it is."""
-        self._engine.abort(self._name)
+    def stop(self) -> None:
+        """End it here."""
+        for increment in self._engine.abort(self._name):
+            if increment.output is not None:
+                self.metrics = increment.output.metrics
+
+    close = stop  # frees its pages, wherever it is
+
+    @property
+    def decoding_s(self) -> float:
+        """Seconds of the steps that `tpot_s` is of."""
+        return sum(took for took, _ in self._steps)
 
     @property
     def tpot_s(self) -> float:
@@ -185,6 +196,8 @@ class Bench:
                 while run.metrics is None:
                     for request in (short, exact, run):
                         request.decode(_TURN)
+                    if run.decoding_s > case.patience_s:
+                        run.stop()
         finally:
             self._uses += 1
             if self._uses >= case.exact_every:

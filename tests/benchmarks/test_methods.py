@@ -114,6 +114,14 @@ def test_exact_attention_is_timed_beside_itself(bench):
     assert row.kv_bytes == row.kv_bytes_peak == row.kv_bytes_dense
 
 
+def test_a_slow_plan_is_stopped_early_and_measured(bench):
+    case = replace(CASE, new_tokens=40, patience_s=0.0)
+    row = bench.compare("h2o(budget=32)", case, 0)
+    assert row.output_tokens == 9
+    assert 0 < row.kv_bytes < row.kv_bytes_dense
+    assert row.tpot_s > 0
+
+
 def test_plans_may_share_a_prompt_of_exact_attention(bench):
     case = replace(CASE, exact_every=2)
     plans = (DENSE, "h2o(budget=32)", "streamingllm(budget=32)")
