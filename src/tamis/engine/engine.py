@@ -406,7 +406,10 @@ class Engine:
             torch.tensor(flat.sample_at + flat.score_at, dtype=torch.long, device=device),
         )
         rope = torch.tensor(flat.rope_lengths, device=device) if self.model.dynamic_rope else None
-        similar = any(s.life is not None and s.life.plan.needs.similarity for s in sequences)
+        similar = any(
+            s.life is not None and s.life.plan.needs.similarity and not s.life.generating
+            for s in sequences
+        )
         measure = batch.measure if similar else None
         began = time.perf_counter()
         if flat.rows is None:
