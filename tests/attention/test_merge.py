@@ -65,3 +65,14 @@ def test_a_sink_takes_its_share_of_the_denominator() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="of one shape on both sides"):
         merge_states(torch.zeros(2, 8), torch.zeros(2), torch.zeros(2, 8), torch.zeros(2, 1))
+
+
+def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(0)
+    states = [(torch.randn(37, 3, 8), torch.randn(37, 3) * 3) for _ in range(2)]
+    together = merge_states(*states[0], *states[1])
+    for row in range(37):
+        own = slice(row, row + 1)
+        alone = merge_states(*(x[own] for of_one in states for x in of_one))
+        for mine, all_of_them in zip(alone, together, strict=True):
+            assert torch.equal(mine, all_of_them[own])

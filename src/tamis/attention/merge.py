@@ -39,7 +39,7 @@ def merge_states(
             f"out {tuple(out_a.shape)} and {tuple(out_b.shape)}, "
             f"lse {tuple(lse_a.shape)} and {tuple(lse_b.shape)}"
         )
-    lse = torch.logaddexp(lse_a, lse_b)
+    lse = _log_sum(lse_a, lse_b)
     return _weighted(out_a, lse_a, lse).add_(_weighted(out_b, lse_b, lse)).to(out_a.dtype), lse
 
 
@@ -56,8 +56,19 @@ def merge_sinks(
     Returns:
         `(out, lse)` like the arguments.
     """
-    total = torch.logaddexp(lse, sinks.to(lse.dtype))
+    total = _log_sum(lse, sinks.to(lse.dtype))
     return _weighted(out, lse, total).to(out.dtype), total
+
+
+def _log_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """log(exp(a) + exp(b)), elementwise.
+
+    Not by torch.logaddexp, whose bits depend on where in a tensor an element lies, and a request's
+    must not depend on who else is in its batch.
+    """
+    top = torch.maximum(a, b)
+    origin = top.masked_fill(top == -torch.inf, 0.0)
+    return origin + torch.log(torch.exp(a - origin) + torch.exp(b - origin))
 
 
 def _weighted(out: torch.Tensor, lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

@@ -174,6 +174,8 @@ class Lifecycle:
         other.query_positions = list(self.query_positions)
         other.originals = dict(self.originals)
         other.aside = self.aside.fork()
+        if self.plan.needs.attention:  # counting it writes to every page
+            self.owed = self.owed or Owed(at_end=False, evicted=self.shape.n_layers)
         other.owed = None if self.owed is None else replace(self.owed)
         other.trace = None
         return other
@@ -280,6 +282,8 @@ class Lifecycle:
         """
         if self.owed is None:
             return
+        if self.plan.needs.attention:
+            self.cache.unshare()
         eviction.act(self, self.owed)
         stores.act(self, at_end=self.owed.at_end)
         self.owed = None
