@@ -210,7 +210,7 @@ def _disturbed(parts: Mapping[str, float]) -> str:
     shares = ", ".join(f"{name} ({share:.0%})".replace("%", " %") for name, share in parts.items())
     return (
         "Parts in which other processes took more than a twentieth of the processors, so that "
-        f"times are too long and uneven: {shares}."
+        f"times are too long and uneven, and no target is judged by them: {shares}."
     )
 
 

@@ -52,7 +52,11 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
     """
     series = _series([r for r in records if not r["part"]["requests"]])
     crowds = _crowds([r for r in records if r["part"]["requests"]])
-    verdicts = list(_verdicts(series, crowds))
+    quiet = [record for record in records if _is_quiet(record)]
+    verdicts = _verdicts(
+        _series([r for r in quiet if not r["part"]["requests"]]),
+        _crowds([r for r in quiet if r["part"]["requests"]]),
+    )
     return {
         "benchmark": "peers",
         "dates": sorted(record["date"] for record in records),
@@ -67,9 +71,7 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
             for name in (records[0]["rates"] if records else ())
         },
         "disturbed": {
-            record["part"]["name"]: record["others"]
-            for record in records
-            if record["others"] > QUIET
+            record["part"]["name"]: record["others"] for record in records if not _is_quiet(record)
         },
         "failed": {
             f"{record['part']['name']}: {engine}": why
@@ -80,6 +82,11 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
         "series": series,
         "crowds": crowds,
     }
+
+
+def _is_quiet(record: Record) -> bool:
+    """Whether a part had the machine to itself; targets are judged by such parts alone."""
+    return record["others"] <= QUIET
 
 
 def _series(records: Sequence[Record]) -> list[dict[str, Any]]:
