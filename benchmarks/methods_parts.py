@@ -64,11 +64,11 @@ class Settings:
         )
 
     def rounds(self, settings: Iterable[Setting]) -> Iterator[tuple[str, Case, int]]:
-        """Plan, case and repeat of everything to be timed, all methods once before any twice."""
+        """Plan, case and repeat of everything to be timed, all of it once before any twice."""
         plans = [DENSE, *(plan for setting in settings for plan in setting.timed)]
-        for case in self.cases:
-            for repeat in range(case.rounds):
-                for plan in plans:
+        for repeat in range(max(case.rounds for case in self.cases)):
+            for case in self.cases:
+                for plan in plans if repeat < case.rounds else ():
                     yield plan, case, repeat
 
 
