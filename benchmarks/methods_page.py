@@ -121,8 +121,8 @@ def _opening(count: int, results: Results) -> str:
         "token**: the time to it, and the median time of those after it. All three are of a "
         "Llama of random weights in bf16 with one request at a time, relative to exact attention "
         "in the same run, whose decode steps took turns with the method's. Random weights attend "
-        "to everything alike, so that what adapts to the attention finds nothing to leave out, "
-        "and they repeat themselves, so that what drafts foresees them better than it would text. "
+        "to everything alike and write nothing that could be foreseen, so that what adapts to the "
+        "attention finds nothing to leave out, and what drafts is seldom right. "
         f"Methods that have a budget were timed with {TOKENS:,} tokens per head where their plan "
         "does not say otherwise; the table of each stage has all plans, of which the first stands "
         "for the method here.",
@@ -157,8 +157,8 @@ def _rounds(results: Results) -> str:
             f"{length_text(length)} tokens {times.get(n, f'{n} times')}"
             for length, n in sorted(rounds.items())
         )
-        + ". The row of dense is a second run of exact attention: how far it is from "
-        f"{ratio(1)} is the noise."
+        + ". A plan that decodes for more than half a minute is stopped there. The row of dense is "
+        f"a second run of exact attention: how far it is from {ratio(1)} is the noise."
     )
 
 
