@@ -337,3 +337,45 @@ def test_closing_aborts_what_runs_and_refuses_what_comes(llm: LLM) -> None:
         served.close()
 
     run(main())
+
+
+def test_prompts_are_submitted_all_or_none(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm.model, kv_memory="16MiB") as served:
+            with pytest.raises(RequestError, match="empty"):
+                await served.submit(["good", []], PARAMS)
+            assert served.engine.idle
+            stream = await served.submit(["one", "two"], PARAMS, request_ids=["a", "b"])
+            texts = {"a": "", "b": ""}
+            while batch := await stream.batch():
+                for increment in batch:
+                    texts[increment.request_id] += increment.text
+            assert list(texts.values()) == [o.text for o in llm.generate(["one", "two"], PARAMS)]
+
+    run(main())
+
+
+def test_the_request_of_a_reader_who_does_not_read_is_ended(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm.model, kv_memory="16MiB", max_pending=10) as served:
+            endless = SamplingParams(max_tokens=400, ignore_eos=True)
+            stream = await served.submit(["hello"], endless)
+            while not served.engine.idle:
+                await asyncio.sleep(0.001)
+            waiting = await stream.batch()
+            assert len(waiting) <= 12
+            assert waiting[-1].finish_reason == "error"
+            assert "not read as fast" in (waiting[-1].error or "")
+            assert len([i async for i in served.generate("hello", PARAMS)]) == 8
+
+    run(main())
+
+
+def test_without_max_tokens_an_output_ends_where_the_memory_does(llm: LLM) -> None:
+    room = llm.engine.cache.required_bytes(128, chunk=64)
+    tight = LLM(llm.model, kv_memory=room, max_batch_tokens=64)
+    [output] = tight.generate("hello", SamplingParams(max_tokens=None, ignore_eos=True))
+    assert output.finish_reason == "length"
+    assert 100 <= len(output.token_ids) < 400
+    with pytest.raises(KVMemoryError):
+        tight.generate("x" * 400, SamplingParams(max_tokens=None))

@@ -56,7 +56,8 @@ class SamplingParams:
     a plain string for `stop` stands for one stop string.
 
     Attributes:
-        max_tokens: tokens to generate at most, ≥ 1; None goes on until the model's context ends.
+        max_tokens: tokens to generate at most, ≥ 1; None goes on until the model's context or
+            the KV memory ends.
         min_tokens: before this many tokens are out, end-of-sequence and stop ids cannot be chosen
             and stop strings do not stop.
         temperature: 0 (default; so is anything below 1e-5) takes the most probable token, which

@@ -33,10 +33,10 @@ def test_no_request_makes_the_server_fail(
 ) -> None:
     with serve(max_output_tokens=8, allow_plans=("*",)) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-        statuses = set()
+        statuses, paths = set(), set()
         for result in schema.get_all_operations():
             operation = result.ok()
-            assert operation.path in PATHS
+            paths.add(operation.path)
             anything = not operation.body or operation.path == "/v1/embeddings"
             if mode is GenerationMode.NEGATIVE and anything:
                 continue  # nothing that could be wrong
@@ -57,6 +57,7 @@ def test_no_request_makes_the_server_fail(
                 assert response.status_code < 500, response.text
 
             ask()
+        assert paths >= PATHS
         assert (200 if mode is GenerationMode.POSITIVE else 400) in statuses
         server.wait_idle()
         assert server.complete("x", max_tokens=4).status_code == 200

@@ -136,7 +136,8 @@ def test_flags_beat_the_environment_and_that_the_file(start: Start, tmp_path: Pa
         'api_key = ["file-key", "other-key"]\n'
     )
     env = {"TAMIS_MAX_OUTPUT_TOKENS": "4", "TAMIS_NAME": "from-env"}
-    with start("--config", config, "--name", "from-flag", env=env) as process:
+    options = ("--config", config, "--name", "from-flag", "--order", "fair")
+    with start(*options, env=env) as process:
         url = f"{process.url}/v1/completions"
         header = {"Authorization": "Bearer other-key"}
         body = {**BODY, "model": "from-flag", "max_tokens": None}

@@ -24,6 +24,14 @@ class Preemption(StrEnum):
     SWAP = "swap"
 
 
+class OrderName(StrEnum):
+    """Who goes first."""
+
+    FIRST_COME = "first-come"
+    PRIORITY = "priority"
+    FAIR = "fair"
+
+
 class LogFormat(StrEnum):
     """How events are written to standard error."""
 
@@ -106,6 +114,25 @@ def serve(
     preemption: Annotated[
         Preemption, typer.Option(help="Compute a preempted request's pages again, or swap them.")
     ] = Preemption.RECOMPUTE,
+    order: Annotated[
+        OrderName,
+        typer.Option(
+            help="Who goes first: who came first, the smaller 'priority', or the user who was "
+            "served least (users are API keys; with one key, what requests give as 'user')."
+        ),
+    ] = OrderName.FIRST_COME,
+    slowdown: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="Prompts are computed in parts so small that answers come at least 1/X as fast "
+            "as without them; 0 takes as much of a prompt at once as fits.",
+        ),
+    ] = 2.0,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(help="Keep pages of prompts for later ones that begin with the same tokens."),
+    ] = True,
     max_requests: Annotated[int, _limit("Most requests open at once; more get 429.")] = 512,
     max_choices: Annotated[int, _limit("Most completions of one request.")] = 64,
     max_prompt_tokens: Annotated[int | None, _limit("Longest prompt.")] = None,
@@ -173,9 +200,16 @@ def serve(
         log_format=log_format.value,
     )
     its_plan = Plan.parse(plan)
+    from tamis.engine.order import ByPriority, FairShare, FirstCome
+    from tamis.engine.pace import Full, Steady
     from tamis.llm import AsyncLLM
     from tamis.server.process import serve as serve_until_stopped
 
+    orders = {
+        OrderName.FIRST_COME: FirstCome,
+        OrderName.PRIORITY: ByPriority,
+        OrderName.FAIR: FairShare,
+    }
     terminal.quiet_logs(debug)
     llm = AsyncLLM(
         model,
@@ -185,6 +219,9 @@ def serve(
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
         preemption=preemption.value,
+        order=orders[order](),
+        pace=Steady(slowdown) if slowdown else Full(),
+        prefix_cache=prefix_cache,
     )
     try:
         serve_until_stopped(llm, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -286,7 +287,10 @@ class Engine:
         longest = self._longest(plan)
         self._check(request_id, prompt, params, longest)
         room = longest - len(prompt)
-        max_new = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.max_tokens is None:
+            max_new = self._most_new(plan, len(own_ids), room)
+        else:
+            max_new = min(params.max_tokens, room)
         self._check_room(params, max_new)
         self._check_memory(plan, len(own_ids), max_new)
         request = Request(
@@ -740,6 +744,18 @@ class Engine:
                 f"max_tokens, or what the prompt leaves of the model's context, is {max_new} "
                 f"tokens, and an output that is as asked may take {least}; allow at least as many"
             )
+
+    def _most_new(self, plan: Plan, n_prompt: int, room: int) -> int:
+        """The most new tokens, 1 .. `room`, with which a request fits the cache."""
+
+        def refused(max_new: int) -> bool:
+            try:
+                self._check_memory(plan, n_prompt, max_new)
+            except KVMemoryError:
+                return True
+            return False
+
+        return max(1, bisect_left(range(1, room + 1), True, key=refused))
 
     def _check_memory(self, plan: Plan, n_prompt: int, max_new: int) -> None:
         """Refuse what the cache cannot hold; the last token's KV is never written to it.

@@ -70,12 +70,14 @@ def _generating(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
-        return await service.answer(request, body.stream, lambda: service.complete(body))
+        user = service.user_of(request, body.user)
+        return await service.answer(request, body.stream, lambda: service.complete(body, user))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
-        return await service.answer(request, body.stream, lambda: service.chat(body))
+        user = service.user_of(request, body.user)
+        return await service.answer(request, body.stream, lambda: service.chat(body, user))
 
     @app.post("/v1/embeddings", responses=_ERRORS)
     async def embeddings(body: Annotated[Any, Body()] = None) -> Response:

@@ -12,7 +12,8 @@ from tamis.server.errors import ApiError
 
 
 class ApiKeys:
-    """Middleware that asks for `Authorization: Bearer KEY`.
+    """Middleware that asks for `Authorization: Bearer KEY`, and notes the key's number as
+    `scope["state"]["key"]`.
 
     Args:
         app: what comes behind it.
@@ -28,7 +29,8 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys and scope["path"] not in self._open:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._valid(key.strip().encode("latin-1")):
+            number = self._number(key.strip().encode("latin-1"))
+            if scheme.lower() != "bearer" or number is None:
                 error = ApiError(
                     401,
                     "give a valid API key in the header 'Authorization: Bearer KEY'",
@@ -37,8 +39,13 @@ class ApiKeys:
                 )
                 await error.response()(scope, receive, send)
                 return
+            scope.setdefault("state", {})["key"] = number
         await self._app(scope, receive, send)
 
-    def _valid(self, key: bytes) -> bool:
-        """Whether it is one of the keys; how long that takes does not tell which, or how nearly."""
-        return any([hmac.compare_digest(key, valid) for valid in self._keys])  # noqa: C419
+    def _number(self, key: bytes) -> int | None:
+        """Which of the keys it is; how long that takes does not tell which, or how nearly."""
+        found = None
+        for number, valid in enumerate(self._keys):
+            if hmac.compare_digest(key, valid):
+                found = number
+        return found

@@ -86,6 +86,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
         yield from self._counters()
+        yield from self._prefixes()
         yield from self._pages()
 
     def _gauges(self) -> Iterator[Metric]:
@@ -117,6 +118,19 @@ class EngineCollector(Collector):
             ("accepted_tokens", "Proposed tokens that were right.", stats.accepted),
         ):
             yield CounterMetricFamily(f"tamis_{name}", what, value=value)
+
+    def _prefixes(self) -> Iterator[Metric]:
+        prefixes = self._engine.prefixes
+        for name, what, value in (
+            ("lookups", "Sequences that began to be computed.", prefixes.lookups),
+            ("hits", "Those of them that found pages of an earlier one.", prefixes.hits),
+            ("lookup_tokens", "Tokens of all of them.", prefixes.looked_up_tokens),
+            ("hit_tokens", "Tokens that were found.", prefixes.hit_tokens),
+        ):
+            yield CounterMetricFamily(f"tamis_prefix_{name}", what, value=value)
+        kept = GaugeMetricFamily("tamis_prefix_bytes", "Bytes of pages kept for later requests.")
+        kept.add_metric([], prefixes.tree.bytes)
+        yield kept
 
     def _pages(self) -> Iterator[Metric]:
         labels = ["tier", "format"]

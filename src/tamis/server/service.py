@@ -67,24 +67,25 @@ class Service:
         """Tokens of a prompt and its completion at the most."""
         return self.llm.model.max_length
 
-    async def complete(self, request: CompletionRequest) -> tuple[Job, Writer]:
-        """What a request of `/v1/completions` asks for, and who writes its answer."""
+    async def complete(self, request: CompletionRequest, user: str) -> tuple[Job, Writer]:
+        """What a user's request of `/v1/completions` asks for, and who writes its answer."""
         self.check_model(request.model)
         own = completions.sampling(request)
         prompts = completions.prompts(request)
         ids = await asyncio.to_thread(self._encode, prompts)
-        job = await self._job(request, ids, own)
+        job = await self._job(request, ids, own, user)
         head = Head.new("cmpl", request.model)
         echoed: list[str] = []
         if request.echo:
             echoed = [p if isinstance(p, str) else self._texts.decode(p) for p in prompts]
         return job, CompletionWriter(request, head, self._texts, echoed)
 
-    async def chat(self, request: ChatRequest) -> tuple[Job, Writer]:
-        """What a request of `/v1/chat/completions` asks for, and who writes its answer."""
+    async def chat(self, request: ChatRequest, user: str) -> tuple[Job, Writer]:
+        """What a user's request of `/v1/chat/completions` asks for, and who writes its answer."""
         self.check_model(request.model)
         own = chat.sampling(request)
-        job = await self._job(request, [await self._encode_chat(request.messages)], own)
+        ids = [await self._encode_chat(request.messages)]
+        job = await self._job(request, ids, own, user)
         return job, ChatWriter(request, Head.new("chatcmpl", request.model), self._texts)
 
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
@@ -102,6 +103,13 @@ class Service:
 
     async def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return await asyncio.to_thread(self.llm.encode_chat, chat.conversation(messages))
+
+    def user_of(self, request: Request, named: str | None) -> str:
+        """Who sent a request: the owner of its API key; where there is but one key, the `user` that
+        it names."""
+        if len(self.settings.api_keys) > 1:
+            return str(request.state.key)
+        return named or ""
 
     def check_model(self, name: str) -> None:
         """Refuse a request for a model that is not served."""
@@ -183,7 +191,7 @@ class Service:
             log["ttft_s"] = outputs[0].metrics.ttft_s
 
     async def _job(
-        self, request: Sampling, prompts: list[list[int]], own: Mapping[str, Any]
+        self, request: Sampling, prompts: list[list[int]], own: Mapping[str, Any], user: str
     ) -> Job:
         """What the engine is asked for.
 
@@ -228,7 +236,7 @@ class Service:
             guide=await self._guide(request.response_format),
         )
         plan = settings.allowed(request.kv_plan, self.llm.plan)
-        return Job(prompts, params, plan, request.priority, request.user or "")
+        return Job(prompts, params, plan, request.priority, user)
 
     def _encode(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
         return [self.llm.encode(p) if isinstance(p, str) else p for p in prompts]
