@@ -88,6 +88,17 @@ def test_what_is_cached_costs_nothing(llama: Model) -> None:
     assert behind == pytest.approx(TOKEN_S * 12)
 
 
+def test_a_context_costs_nothing_once_it_is_there(llama: Model) -> None:
+    engine = make(llama)
+    book = engine.add_context([7] * 100)
+    assert engine.expected_wait_s(book) == pytest.approx(0.100)
+    while not engine.idle:
+        engine.step()
+    engine.scheduler.costs = Costs(0.010, TOKEN_S)
+    [expected] = waits(engine, {"prompt_ids": [1] * 5, "context": book})
+    assert expected == pytest.approx(0.005)
+
+
 def test_who_decodes_has_no_prompt_left(llama: Model) -> None:
     engine = make(llama)
     engine.add_request([1] * 50, LONG)

@@ -61,11 +61,12 @@ class PrefixReuse:
 
     def found(self, sequence: Sequence) -> int:
         """Tokens whose pages there are for a waiting sequence now."""
-        n_most = self._most(sequence)
+        n_most, context = self._most(sequence), sequence.request.context
+        of_context = 0 if context is None else len(context.tokens)
         if n_most < self._page_size:
-            return 0
+            return of_context
         block = self.tree.match(sequence.tokens, n_most, self._columns(sequence))
-        return 0 if block is None else block.depth * self._page_size
+        return max(of_context, 0 if block is None else block.depth * self._page_size)
 
     def begin(self, sequence: Sequence) -> None:
         """Give a waiting sequence a cache, with the longest prefix that there is for it: the pages
