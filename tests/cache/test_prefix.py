@@ -70,11 +70,13 @@ class PrefixMachine(RuleBasedStateMachine):
     """Drives some sequences over one tree, against a dict of prefixes."""
 
     @initialize(
-        layers=st.sampled_from([LAYERS, DENSE]), capacity=st.sampled_from([40_000, 400_000])
+        layers=st.sampled_from([LAYERS, DENSE]),
+        capacity=st.sampled_from([25_000, 40_000, 400_000]),
+        swap_bytes=st.sampled_from([0, 8_000, 100_000]),
     )
-    def start(self, layers: tuple[LayerShape, ...], capacity: int) -> None:
+    def start(self, layers: tuple[LayerShape, ...], capacity: int, swap_bytes: int) -> None:
         self.layout = CacheLayout(layers, PAGE, float32)
-        self.cache = PagedCache(self.layout, capacity)
+        self.cache = PagedCache(self.layout, capacity, swap_bytes=swap_bytes)
         self.tree = PrefixTree(self.cache)
         self.kept: dict[Tokens, set[int]] = {}  # prefixes of whole pages: rows held of the last
         self.users: list[User] = []
@@ -86,6 +88,9 @@ class PrefixMachine(RuleBasedStateMachine):
         n_most = len(prompt) - 1
         block = self.tree.match(prompt, n_most)
         assert (0 if block is None else block.depth * PAGE) == self.longest(tuple(prompt), n_most)
+        if block is not None and not self.tree.fetch(block):
+            block = self.tree.match(prompt, n_most, resident=True)
+        self.note_forgotten()
         if block is None:
             user = User(self.cache.new_sequence())
             user.gone = [0] * self.layout.n_rows
@@ -111,10 +116,13 @@ class PrefixMachine(RuleBasedStateMachine):
         prefixes = [user.tokens[: i + 1] for i in range(before, len(user.tokens))]
         serials = [self.serials.setdefault(prefix, len(self.serials)) for prefix in prefixes]
         numbered.append(self.cache, [user.cache], [serials])
+        away = {key for (_, key), block in blocks_of(self.tree).items() if block.copy is not None}
         user.block = self.tree.extend(user.block, user.tokens, user.cache)
         for end in range(PAGE, len(user.tokens) + 1, PAGE):
             held = {row for row, gone in enumerate(user.gone) if gone * PAGE < end}
             if end > before // PAGE * PAGE:  # those before were handed in then
+                if user.tokens[:end] in away:
+                    self.kept[user.tokens[:end]] = set()  # its own pages stand for the copy
                 self.kept.setdefault(user.tokens[:end], set()).update(held)
         user.cache.trim()
         for row in range(self.layout.n_rows):
@@ -156,17 +164,38 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def give_up(self, n: int) -> int:
         used = {id(block) for user in self.users if user.block for block in user.block.path()}
-        free = [key for _, key in blocks_of(self.tree)]
-        before = {key: id(block) for (_, key), block in blocks_of(self.tree).items()}
+        before = self.resident()
         given = self.tree.evict(n)
-        left = {key for _, key in blocks_of(self.tree)}
-        gone = set(free) - left
+        gone = {key: before[key] for key in before.keys() - self.resident().keys()}
         assert len(gone) == given
-        assert given == min(n, sum(before[key] not in used for key in free))
-        assert not {before[key] for key in gone} & used
-        for key in gone:
-            del self.kept[key]
+        assert given == min(n, sum(block not in used for block in before.values()))
+        assert not set(gone.values()) & used
+        self.note_forgotten()
         return given
+
+    @rule(n_bytes=st.sampled_from([100, 3_000]))
+    def forget_copies(self, n_bytes: int) -> None:
+        before = self.tree.host_bytes
+        assert self.tree.forget_copies(n_bytes) == (n_bytes <= before)
+        assert self.tree.host_bytes <= max(0, before - n_bytes)
+        self.note_forgotten()
+
+    def resident(self) -> dict[Tokens, int]:
+        """The blocks with pages, by their tokens."""
+        blocks = blocks_of(self.tree).items()
+        return {key: id(block) for (_, key), block in blocks if block.copy is None}
+
+    def note_forgotten(self) -> None:
+        """Take out what the tree has forgotten: nothing that a sequence uses."""
+        left = {key for _, key in blocks_of(self.tree)}
+        for key in self.kept.keys() - left:
+            assert not any(
+                user.block
+                and user.tokens[: len(key)] == key
+                and user.block.depth * PAGE >= len(key)
+                for user in self.users
+            )
+            del self.kept[key]
 
     @rule()
     def evict_windows(self) -> None:
@@ -176,9 +205,9 @@ class PrefixMachine(RuleBasedStateMachine):
         for key, rows in before.items():
             holds = [u for u in self.users if u.tokens[: len(key)] == key]
             for row in rows:
-                if self.window(row) is None:
-                    continue
                 block = blocks_of(self.tree)[(), key]
+                if self.window(row) is None or block.copy is not None:
+                    continue
                 shared = any(
                     u.gone[row] * PAGE < len(key)
                     and u.cache.tables[row, len(key) // PAGE - 1 - u.gone[row]] == block.ids[row]
@@ -222,7 +251,12 @@ class PrefixMachine(RuleBasedStateMachine):
         blocks = blocks_of(self.tree)
         assert {key for _, key in blocks} == self.kept.keys()
         for (_, key), block in blocks.items():
-            assert set(np.flatnonzero(block.held).tolist()) == self.kept[key]
+            assert set(np.flatnonzero(block.held | block.copied).tolist()) == self.kept[key]
+            assert not (block.held & block.copied).any()
+            assert (block.copy is not None) == block.copied.any()
+            children = block.children.values()
+            assert block.residents == sum(child.copy is None for child in children)
+            assert not (block.copy is not None and block.residents)
 
     @invariant()
     def sequences_hold_what_was_computed(self) -> None:
@@ -274,6 +308,13 @@ class PrefixMachine(RuleBasedStateMachine):
             for row in np.flatnonzero(block.held)
         )
         assert self.cache.bytes_in_use == sum((mine | sizes).values())
+        copied = sum(
+            self.cache.pools[row_pools[row]].page_bytes
+            for block in blocks
+            for row in np.flatnonzero(block.copied)
+        )
+        assert self.tree.host_bytes == self.cache.swap_bytes_in_use == copied
+        assert copied <= self.cache.swap_bytes
 
     def teardown(self) -> None:
         if not hasattr(self, "tree"):
@@ -285,6 +326,7 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.tree.idle_bytes == self.tree.bytes == self.cache.bytes_in_use
         self.tree.clear()
         assert self.tree.bytes == self.cache.bytes_in_use == 0
+        assert self.tree.host_bytes == self.cache.swap_bytes_in_use == 0
 
 
 TestPrefixMachine = PrefixMachine.TestCase
@@ -418,3 +460,62 @@ def test_many_ends_of_sequences_leave_nothing_behind(cache: PagedCache) -> None:
     tree = PrefixTree(cache)
     computed(tree, cache, [1, 2, 3, 4], hits=1000)
     assert len(tree._heap) < 10
+
+
+# --- host memory ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swapping() -> PagedCache:
+    return PagedCache(CacheLayout(DENSE, PAGE, float32), 400_000, swap_bytes=400_000)
+
+
+def test_what_is_given_up_comes_back_from_host_memory(swapping: PagedCache) -> None:
+    tree = PrefixTree(swapping)
+    computed(tree, swapping, list(range(12)))
+    assert tree.evict(3) == 3
+    assert tree.bytes == swapping.bytes_in_use == 0
+    assert tree.host_bytes == swapping.swap_bytes_in_use > 0
+    assert tree.match(range(13), 12, resident=True) is None
+    block = tree.match(range(13), 12)
+    assert block is not None
+    assert tree.fetch(block)
+    assert tree.host_bytes == swapping.swap_bytes_in_use == 0
+    again = tree.begin(block)
+    assert again.contents(0, 1, "k").equal(numbered.keys(range(12), 1, 8))
+    assert again.contents(1, 0, "v").equal(numbered.values(range(12), 2, 6))
+    assert again.positions(1, 0).tolist() == list(range(12))
+
+
+def test_the_oldest_copies_are_forgotten_first() -> None:
+    one = CacheLayout(DENSE, PAGE, float32).bytes_for(PAGE)
+    cache = PagedCache(CacheLayout(DENSE, PAGE, float32), 400_000, swap_bytes=2 * one)
+    tree = PrefixTree(cache)
+    for first in (10, 20, 30):
+        computed(tree, cache, [first, 0, 0, 0])
+    tree.evict(3)
+    left = [first for first in (10, 20, 30) if tree.match([first, 0, 0, 0], 4)]
+    assert left == [20, 30]
+    assert tree.forget_copies(1)
+    assert tree.match([20, 0, 0, 0], 4) is None
+    assert not tree.forget_copies(2 * one)
+
+
+def test_without_room_what_is_on_the_device_is_what_there_is() -> None:
+    layout = CacheLayout(DENSE, PAGE, float32)
+    cache = PagedCache(layout, layout.capacity_for(layout.peak_pages(16)), swap_bytes=400_000)
+    tree = PrefixTree(cache)
+    computed(tree, cache, list(range(12)))
+    tree.evict(2)
+    other = cache.new_sequence()
+    other.reserve(4)
+    while cache.device_tier.can_allocate(np.ones(len(cache.pools), dtype=np.int32)):
+        other.reserve(other.room + 1)
+    block = tree.match(range(12), 12)
+    assert block is not None
+    assert block.depth == 3
+    assert not tree.fetch(block)
+    assert tree.used_bytes == 0
+    found = tree.match(range(12), 12, resident=True)
+    assert found is not None
+    assert found.depth == 1

@@ -102,7 +102,7 @@ def test_branches_and_preemption_go_on_from_the_context(llama: Model) -> None:
     document = words(50)
     params = SamplingParams(max_tokens=30, temperature=1.0, seed=3, n=2, ignore_eos=True)
     questions = [words(6, seed) for seed in range(3)]
-    for plan in ("dense", "kivi(bits=4, group_size=4, residual=8)"):
+    for plan in ("dense", "minicache()"):
         wide = make(llama)
         context = wide.add_context(document, plan)
         wanted = [wide.generate([q], params, context=context)[0] for q in questions]

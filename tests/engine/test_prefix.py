@@ -240,6 +240,42 @@ def test_abort_keeps_what_was_computed_and_holds_nothing(llama: Model) -> None:
     assert empty(llm.engine)
 
 
+def test_what_has_to_go_comes_back_from_host_memory(llama: Model) -> None:
+    """Two documents in turn, in memory for one: the second time round nothing is computed."""
+    room = make(llama).engine.cache.required_bytes(90, chunk=32)
+    llm = make(llama, kv_memory=room, preemption="swap", swap_memory="1MiB", max_batch_tokens=32)
+    plain = make(llama, prefix_cache=False)
+    documents = [words(60, seed) for seed in range(2)]
+    for turn in range(3):
+        for document in documents:
+            prompt = document + words(4, turn)
+            [output] = llm.generate([prompt], TEN)
+            assert output.metrics.cached_tokens == (60 if turn else 0)
+            assert output.token_ids == plain.generate([prompt], TEN)[0].token_ids
+            assert llm.engine.cache.bytes_in_use <= room
+    assert llm.engine.prefixes.tree.host_bytes > 0
+    assert empty(llm.engine)
+
+
+def test_preempted_requests_take_host_memory_before_what_is_kept(llama: Model) -> None:
+    room = make(llama).engine.cache.required_bytes(110, chunk=32)
+    llm = make(llama, kv_memory=room, preemption="swap", swap_memory=room // 2, max_batch_tokens=32)
+    for seed in range(3):
+        llm.generate([words(90, seed)], TEN)
+    assert llm.engine.prefixes.tree.host_bytes > room // 4
+    engine = llm.engine
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    for seed in range(3):
+        engine.add_request(words(20, seed + 9), params)
+    swapped = False
+    while not engine.idle:
+        engine.step()
+        swapped |= bool(engine.scheduler.swapped)
+        assert engine.cache.swap_bytes_in_use <= room // 2
+    assert swapped
+    assert empty(engine)
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

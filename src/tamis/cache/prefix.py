@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from tamis.cache.format import Field
 from tamis.cache.paged import PagedCache
-from tamis.cache.pool import IntArray, PageError
+from tamis.cache.pool import IntArray, OutOfPages, PageError
 from tamis.cache.sequence import SequenceCache
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
@@ -30,7 +31,10 @@ class Block:
         tokens: its token ids, as bytes of int32.
         depth: blocks from the first to this one.
         ids: the page of each row, int32 [rows]; held: which of them it has, bool [rows].
-        children: the blocks that follow it, by their tokens.
+        copy: while it has none, a copy of those that it had in host memory, opaque words per pool;
+            copied: of which rows, bool [rows].
+        children: the blocks that follow it, by their tokens; residents: how many of them have
+            pages. Blocks that follow a copied one are copied too.
         users: sequences that share it or a block below it; it stays while there are any.
         hits: how often a sequence asked for it, the one that computed it among them.
         value: what it is worth to keep, see `PrefixTree`; used: when it was last used.
@@ -42,7 +46,10 @@ class Block:
     depth: int
     ids: IntArray
     held: BoolArray
+    copied: BoolArray
+    copy: dict[int, torch.Tensor] | None = None
     children: dict[bytes, Block] = field(default_factory=dict)
+    residents: int = 0
     users: int = 0
     hits: int = 0
     value: float = 0.0
@@ -64,21 +71,26 @@ class PrefixTree:
     rows with a window may be missing: a prefix can be used if those are there that the next query
     sees (`SequenceCache.trim` says which).
 
-    Blocks that nobody uses are given up from the leaves on, by GreedyDual-Size-Frequency
+    Blocks that nobody uses are given up from the leaves on: their pages are copied to host memory,
+    as far as the cache's `swap_bytes` go, and forgotten there when these are needed. Who goes first
+    is for GreedyDual-Size-Frequency
     (Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy",
     HP Labs 1998): a block is worth `clock + hits * tokens / bytes`, the tokens that would have to
     be computed again per byte it holds, as often as they were asked for. The least worth goes
     first, and the clock moves on to its worth, so that what is no longer asked for ages. Among
-    equals the least recently used goes first.
+    equals the least recently used goes first. Copies are forgotten in the order in which they were
+    made.
 
     Attributes:
         bytes: of the pages held; no two blocks hold the same page.
         used_bytes: of the blocks that sequences use.
+        host_bytes: of the copies in host memory.
     """
 
     def __init__(self, cache: PagedCache) -> None:
         self.bytes = 0
         self.used_bytes = 0
+        self.host_bytes = 0
         self._cache = cache
         self._page_size = cache.layout.page_size
         self._windows = cache.layout.windows
@@ -89,6 +101,7 @@ class PrefixTree:
         self._ticks = itertools.count(1)
         self._heap: list[tuple[float, int, int, Block]] = []  # with entries that hold no longer
         self._n_blocks = 0
+        self._copies: dict[Block, None] = {}  # oldest first
         self._with_windows: dict[Block, None] = {}  # blocks with pages of rows with windows
 
     @property
@@ -98,7 +111,12 @@ class PrefixTree:
         return self.bytes - self.used_bytes
 
     def match(
-        self, tokens: Sequence[int], n_most: int, columns: tuple[Field, ...] = ()
+        self,
+        tokens: Sequence[int],
+        n_most: int,
+        columns: tuple[Field, ...] = (),
+        *,
+        resident: bool = False,
     ) -> Block | None:
         """The last block of the longest prefix that a sequence can begin with; nothing is changed.
 
@@ -106,6 +124,7 @@ class PrefixTree:
             tokens: the sequence's.
             n_most: the most tokens to find; whole pages of them are found.
             columns: of its pages.
+            resident: whether to pass over what is only in host memory.
 
         Returns:
             None where there is none.
@@ -118,17 +137,18 @@ class PrefixTree:
         missing = np.full(self._windows.size, -1, dtype=np.int32)  # each row's last missing page
         for depth in range(n_most // self._page_size):
             child = block.children.get(self._key(data, depth))
-            if child is None:
+            if child is None or (resident and child.copy is not None):
                 break
             block = child
             if missing.size:
-                missing[~block.held[self._window_rows]] = depth
+                there = block.held | block.copied
+                missing[~there[self._window_rows]] = depth
             if (missing < self._first_pages(block.depth)).all():
                 found = block
         return found
 
     def begin(self, block: Block) -> SequenceCache:
-        """A new sequence that shares the pages of a prefix (see `match`), and uses it
+        """A new sequence that shares the pages of a prefix (see `match` and `fetch`), and uses it
         until `leave`."""
         sequence = self._cache.new_sequence(block.columns)
         first = np.zeros(block.ids.size, dtype=np.int32)
@@ -139,6 +159,19 @@ class PrefixTree:
         sequence.adopt(np.take_along_axis(ids, column, axis=1), len(path) - first, len(path))
         self.use(block)
         return sequence
+
+    def fetch(self, block: Block) -> bool:
+        """Bring the pages of a prefix back to the device where they are copies in host memory.
+
+        Others are given up for them where need be. False if there is no room even so, and then
+        the last of them have stayed where they are.
+        """
+        self.use(block)
+        try:
+            away = [one for one in block.path() if one.copy is not None]
+            return all(self._bring_back(one) for one in reversed(away))
+        finally:
+            self.leave(block)
 
     def count_hit(self, block: Block) -> None:
         """Count that a prefix was asked for and spared its computation."""
@@ -201,10 +234,13 @@ class PrefixTree:
             )
             child = at.children.get(key)
             if child is None:
-                nothing = np.zeros(ids.size, dtype=np.bool_)
-                child = Block(columns, at, key, depth + 1, np.zeros_like(ids), nothing, hits=1)
+                child = Block(columns, at, key, depth + 1, *_no_pages(ids.size), hits=1)
                 at.children[key] = child
+                at.residents += 1
                 self._n_blocks += 1
+            elif child.copy is not None:
+                self._forget_copy(child)
+                at.residents += 1
             child.users += 1
             if child.users == 1:
                 self.used_bytes += self._bytes(child)
@@ -214,7 +250,7 @@ class PrefixTree:
         return at
 
     def evict(self, n: int = 1) -> int:
-        """Give up to `n` blocks up that nobody uses; how many."""
+        """Take the pages of up to `n` blocks that nobody uses; of how many."""
         given = 0
         while given < n and self._heap:
             value, used, _, block = heapq.heappop(self._heap)
@@ -222,10 +258,11 @@ class PrefixTree:
             if parent is None or not _idle(block, used):
                 continue
             self._clock = max(self._clock, value)
+            kept = self._copy_to_host(block)
             self._drop(block, block.held.copy())
-            del parent.children[block.tokens]
-            block.parent = None
-            self._n_blocks -= 1
+            parent.residents -= 1
+            if not kept:
+                self._remove(block)
             self._offer(parent)
             given += 1
         return given
@@ -243,10 +280,23 @@ class PrefixTree:
             self._drop(block, mine)
         return self.bytes < before
 
+    def forget_copies(self, n_bytes: int) -> bool:
+        """Free so much of the host memory that copies take, from the oldest on; False if they take
+        less."""
+        target = max(0, self.host_bytes - n_bytes)
+        enough = n_bytes <= self.host_bytes
+        for block in list(self._copies):
+            if self.host_bytes <= target:
+                break
+            if block.copy is not None and not block.users:
+                self._remove(block)
+        return enough and self.host_bytes <= target
+
     def clear(self) -> None:
-        """Give up everything that nobody uses."""
+        """Give up everything that nobody uses, and all copies."""
         while self.evict(64):
             pass
+        self.forget_copies(self.host_bytes)
 
     # --- helpers --------------------------------------------------------------------------------
 
@@ -256,8 +306,7 @@ class PrefixTree:
             self._row_bytes[columns] = np.array([f.page_bytes for f in layout.formats])[
                 layout.row_formats
             ]
-            nothing = np.zeros(layout.n_rows, dtype=np.int32)
-            self._roots[columns] = Block(columns, None, b"", 0, nothing, nothing.astype(np.bool_))
+            self._roots[columns] = Block(columns, None, b"", 0, *_no_pages(layout.n_rows))
         return self._roots[columns]
 
     def _key(self, data: bytes, page: int) -> bytes:
@@ -292,6 +341,63 @@ class PrefixTree:
         block.held &= ~rows
         self._count(block, self._bytes(block) - before)
 
+    def _copy_to_host(self, block: Block) -> bool:
+        """Copy a block's pages to host memory, older copies being forgotten for it; False if it has
+        no pages, or there is too little memory."""
+        cache, n_bytes = self._cache, self._bytes(block)
+        free = cache.swap_bytes - cache.swap_bytes_in_use
+        if n_bytes == 0 or (n_bytes > free and not self.forget_copies(n_bytes - free)):
+            return False
+        rows = block.held
+        pools = cache.rows_with(block.columns)[1][rows]
+        block.copy = cache.device_tier.read(block.ids[rows], pools)
+        block.copied = rows.copy()
+        self._copies[block] = None
+        self._count_copy(n_bytes)
+        return True
+
+    def _bring_back(self, block: Block) -> bool:
+        """Move a block, whose parent has pages, to the device; False if there is no room."""
+        cache, parent = self._cache, block.parent
+        assert parent is not None
+        assert block.copy is not None
+        pools = cache.rows_with(block.columns)[1][block.copied]
+        while True:
+            try:
+                ids = cache.device_tier.allocate(pools)
+            except OutOfPages:
+                if not self.evict():
+                    return False
+            else:
+                break
+        cache.device_tier.write(ids, pools, block.copy)
+        block.ids[block.copied] = ids
+        block.held = block.copied.copy()
+        self._forget_copy(block)
+        self._count(block, self._bytes(block))
+        parent.residents += 1
+        return True
+
+    def _forget_copy(self, block: Block) -> None:
+        self._count_copy(-int(self._row_bytes[block.columns][block.copied].sum()))
+        block.copy = None
+        block.copied = np.zeros_like(block.copied)
+        del self._copies[block]
+
+    def _count_copy(self, change: int) -> None:
+        self.host_bytes += change
+        self._cache.swap_bytes_in_use += change
+
+    def _remove(self, block: Block) -> None:
+        """Take a block without pages out of the tree, and the copies that follow it."""
+        assert block.parent is not None
+        del block.parent.children[block.tokens]
+        for one in [block, *_following(block)]:
+            if one.copy is not None:
+                self._forget_copy(one)
+            one.parent = None
+            self._n_blocks -= 1
+
     def _count(self, block: Block, change: int) -> None:
         self.bytes += change
         if block.users:
@@ -319,8 +425,22 @@ class PrefixTree:
 
 def _idle(block: Block, used: int) -> bool:
     """Whether a block can be given up, and was last used then."""
-    free = block.parent is not None and not block.users and not block.children
-    return free and block.used == used
+    resident = block.parent is not None and block.copy is None
+    return resident and not block.users and not block.residents and block.used == used
+
+
+def _following(block: Block) -> list[Block]:
+    """All blocks below one."""
+    found = list(block.children.values())
+    for one in found:
+        found += one.children.values()  # the list grows as it is gone through
+    return found
+
+
+def _no_pages(n_rows: int) -> tuple[IntArray, BoolArray, BoolArray]:
+    """Ids, held and copied of a block that has no pages."""
+    nothing = np.zeros(n_rows, dtype=np.int32)
+    return nothing, nothing.astype(np.bool_), nothing.astype(np.bool_)
 
 
 def _as_bytes(tokens: Sequence[int]) -> bytes:

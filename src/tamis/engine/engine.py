@@ -82,7 +82,8 @@ class Engine:
         pace: how many prompt tokens join a step in which other requests decode; by default as many
             as fit.
         prefix_cache: whether requests begin with the pages that earlier ones computed for the same
-            tokens. These are kept in `kv_bytes` until somebody else needs the room.
+            tokens. These are kept in `kv_bytes` until somebody else needs the room, and then in
+            what preempted requests leave of `swap_bytes`.
 
     Attributes:
         prefixes: what is kept for later requests, with counters.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tamis.cache import Field, PagedCache, PrefixTree
+from tamis.cache import Block, Field, PagedCache, PrefixTree
 from tamis.engine.context import asks_at_once
 from tamis.engine.lifecycle import columns
 from tamis.engine.sequence import Sequence
@@ -73,7 +73,7 @@ class PrefixReuse:
         of others, or of the context that it goes on from."""
         n_most, context = self._most(sequence), sequence.request.context
         if n_most >= self._page_size:
-            sequence.prefix = self.tree.match(sequence.tokens, n_most, self._columns(sequence))
+            sequence.prefix = self._fetched(sequence, n_most)
         found = 0 if sequence.prefix is None else sequence.prefix.depth * self._page_size
         if context is not None and found < len(context.tokens):
             assert context.cache is not None
@@ -142,6 +142,14 @@ class PrefixReuse:
         return self.tree.evict(_AT_ONCE) > 0 or self.tree.evict_windows()
 
     # --- helpers --------------------------------------------------------------------------------
+
+    def _fetched(self, sequence: Sequence, n_most: int) -> Block | None:
+        """The longest prefix of a sequence for which there is room on the device."""
+        side = self._columns(sequence)
+        found = self.tree.match(sequence.tokens, n_most, side)
+        if found is None or self.tree.fetch(found):
+            return found
+        return self.tree.match(sequence.tokens, n_most, side, resident=True)
 
     def _note(self, sequence: Sequence) -> None:
         if not self._notes(sequence):

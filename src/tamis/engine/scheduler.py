@@ -323,17 +323,25 @@ class Scheduler:
         assert sequence.cache is not None
         self.running.remove(sequence)
         sequence.request.preemptions += 1
-        if self.preemption == "swap":
+        if self.preemption == "swap" and self._swapped_out(sequence):
+            self.prefixes.leave(sequence)
+            sequence.status = Status.SWAPPED
+            insort(self.swapped, sequence, key=self.order.key)
+        else:
+            self._forget(sequence)
+
+    def _swapped_out(self, sequence: Sequence) -> bool:
+        """Move a sequence's pages to host memory, before those that are only kept for later
+        requests; False if there is no room."""
+        assert sequence.cache is not None
+        while True:
             try:
                 sequence.cache.swap_out()
             except OutOfSwap:
-                pass
+                if not self.prefixes.tree.forget_copies(sequence.cache.bytes):
+                    return False
             else:
-                self.prefixes.leave(sequence)
-                sequence.status = Status.SWAPPED
-                insort(self.swapped, sequence, key=self.order.key)
-                return
-        self._forget(sequence)
+                return True
 
     def _forget(self, sequence: Sequence) -> None:
         self._free(sequence)
