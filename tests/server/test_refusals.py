@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tamis.engine.engine import Engine
 from tamis.errors import ConfigError
 from tamis.server.settings import Settings
 from tests.server.conftest import NAME, Serve, Server
@@ -194,6 +196,23 @@ def test_a_request_that_can_never_fit_the_memory_is_refused(serve: Serve) -> Non
         assert server.complete("x", max_tokens=8).status_code == 200
 
 
+def test_who_would_wait_too_long_is_told_when_to_come_back(serve: Serve) -> None:
+    with serve(max_wait=0.5, engine={"max_batch_tokens": 64}) as server:
+        assert server.complete("x", max_tokens=4).status_code == 200
+
+        def slow(engine: Engine) -> None:
+            engine.scheduler.costs.prompt_token_s = 0.02  # 400 tokens: 8 s
+
+        asyncio.run(server.llm.read(slow))
+        response = server.complete("x" * 399, max_tokens=4)
+        assert response.status_code == 429
+        assert error_of(response)["code"] == "overloaded"
+        assert "expected in 8.0 s, where 0.5 s are the most" in error_of(response)["message"]
+        assert 7 <= int(response.headers["Retry-After"]) <= 8
+        assert server.complete("y" * 8, max_tokens=4).status_code == 200
+        server.wait_idle()
+
+
 def send_slowly(port: int, head: str, parts: Callable[[], Iterator[bytes]]) -> tuple[bytes, int]:
     """The response to a request whose body comes in parts, and the bytes that were sent of it."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
@@ -269,6 +288,7 @@ def test_any_plan_may_be_allowed(serve: Serve) -> None:
         ({"port": 1 << 16}, "port"),
         ({"max_requests": 0}, "max_requests"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
+        ({"max_wait": 0}, "max_wait"),
         ({"api_keys": ("",)}, "API key"),
         ({"log_format": "xml"}, "log_format"),
         ({"allow_plans": ("snapkw",)}, "snapkw"),

@@ -15,6 +15,7 @@ from tamis import __version__
 from tamis.cli import serve as serving
 from tamis.cli import terminal
 from tamis.cli.bench import bench
+from tamis.cli.client_bench import client_bench
 from tamis.cli.demo import demo
 from tamis.cli.info import info
 from tamis.cli.inspect import inspect
@@ -58,6 +59,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(methods)
 app.command(context_settings={"auto_envvar_prefix": serving.PREFIX})(serving.serve)
+app.command("client-bench")(client_bench)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     lm_eval
 )

@@ -140,6 +140,12 @@ def serve(
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest body.", rich_help_panel="Limits")
     ] = "8MiB",
+    max_wait: Annotated[
+        float | None,
+        _seconds(
+            "Refuse, with 429, whose first token is expected later; by default their timeout."
+        ),
+    ] = None,
     request_timeout: Annotated[float, _seconds("Until a request must have ended.")] = 600,
     body_timeout: Annotated[float, _seconds("Until a body must have come.")] = 30,
     write_timeout: Annotated[
@@ -192,6 +198,7 @@ def serve(
         max_output_tokens=max_output_tokens,
         max_choices=max_choices,
         max_requests=max_requests,
+        max_wait=max_wait,
         request_timeout=request_timeout,
         body_timeout=body_timeout,
         write_timeout=write_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tamis.errors import EngineError, KVMemoryError, PlanError, TamisError
+from tamis.errors import EngineError, KVMemoryError, OverloadError, PlanError, TamisError
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class ApiError(Exception):
 def explain(error: TamisError) -> ApiError:
     """The answer to a request that the engine refused."""
     message = str(error)
+    if isinstance(error, OverloadError):
+        wait = {"Retry-After": str(max(RETRY_S, math.ceil(error.retry_s)))}
+        return ApiError(429, message, "overloaded", headers=wait)
     if isinstance(error, EngineError):
         return ApiError(503, message, "engine_ended", headers={"Retry-After": str(RETRY_S)})
     if isinstance(error, PlanError):

@@ -34,14 +34,25 @@ class Generation:
         self._numbers = {name: number for number, name in enumerate(stream.request_ids)}
 
     @classmethod
-    async def start(cls, llm: AsyncLLM, job: Job, deadline: float) -> Generation:
-        """Have the engine take a job in.
+    async def start(
+        cls, llm: AsyncLLM, job: Job, deadline: float, max_wait: float | None
+    ) -> Generation:
+        """Have the engine take a job in, if it is expected to begin in time.
+
+        Args:
+            max_wait: seconds until its first token at the most; None leaves it to the deadline.
 
         Raises:
             TamisError: the engine refuses it.
         """
+        left_s = deadline - asyncio.get_running_loop().time()
         stream = await llm.submit(
-            job.prompts, job.params, job.plan, priority=job.priority, user=job.user
+            job.prompts,
+            job.params,
+            job.plan,
+            priority=job.priority,
+            user=job.user,
+            max_wait_s=left_s if max_wait is None else min(max_wait, left_s),
         )
         return cls(llm, stream, deadline)
 

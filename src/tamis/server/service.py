@@ -34,6 +34,7 @@ from tamis.server.protocol import (
     Sampling,
     TokenizeRequest,
 )
+from tamis.server.recent import Recent
 from tamis.server.settings import Settings
 from tamis.server.stream import DONE, EventStream, error_event, event
 from tamis.server.tokens import TokenTexts
@@ -59,6 +60,7 @@ class Service:
         self.settings = settings
         self.admission = Admission(settings.max_requests)
         self.metrics = Metrics(llm.engine, self.admission)
+        self.recent = Recent()
         self._texts = TokenTexts(llm.vocabulary)
         self._guide_of = lru_cache(_GUIDES_KEPT)(self._compile)
 
@@ -158,7 +160,8 @@ class Service:
             job, writer = await prepare()
             log["plan"] = str(job.plan)
             log["prompt_tokens"] = sum(map(len, job.prompts))
-            return await Generation.start(self.llm, job, deadline), writer
+            most = self.settings.max_wait
+            return await Generation.start(self.llm, job, deadline, most), writer
 
     async def _events(
         self, generation: Generation, writer: Writer, log: dict[str, Any]
@@ -184,6 +187,7 @@ class Service:
         generation.end()
         outputs = generation.in_order
         self.metrics.ended(outputs)
+        self.recent.add(log["plan"], outputs)
         log["output_tokens"] = sum(output.metrics.output_tokens for output in outputs)
         log["kv_bytes_peak"] = sum(output.metrics.kv_bytes_peak for output in outputs)
         if outputs:
@@ -197,6 +201,7 @@ class Service:
 
         Args:
             own: sampling parameters that the endpoint has in a form of its own.
+            user: whose share of the service it takes.
 
         Raises:
             ApiError, TamisError: a limit is exceeded, or a parameter wrong.

@@ -28,6 +28,8 @@ class Settings:
             to the model's context.
         max_choices: completions of one request (prompts times `n`) at the most.
         max_requests: requests that are worked on or wait at once; more are refused with 429.
+        max_wait: the longest that a request's first token may be expected to take; what would wait
+            for longer is refused with 429. None is what is left of the request's timeout.
         request_timeout: until a request must have ended.
         body_timeout: until a request's body must have come.
         write_timeout: a client that takes nothing for so long is cut off.
@@ -46,6 +48,7 @@ class Settings:
     max_output_tokens: int | None = None
     max_choices: int = 64
     max_requests: int = 512
+    max_wait: float | None = None
     request_timeout: float = 600.0
     body_timeout: float = 30.0
     write_timeout: float = 30.0
@@ -71,6 +74,8 @@ class Settings:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        if self.max_wait is not None and not self.max_wait > 0:
+            raise ConfigError(f"max_wait is {self.max_wait}; it must be more than 0")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ConfigError("an API key is empty or not ASCII; give keys of ASCII characters")
         if self.log_format not in ("json", "text"):
