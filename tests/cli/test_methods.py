@@ -99,7 +99,7 @@ def test_its_example_is_a_plan_with_it(tamis: Tamis, name: str) -> None:
 
 
 def test_ranges_are_said_in_words(tamis: Tamis) -> None:
-    assert "bits=2, int, one of 2, 4, 8\n" in tamis("methods", "kivi").stdout
+    assert "bits=2, int, one of 1, 2, 3, 4, 8\n" in tamis("methods", "kivi").stdout
     text = tamis("methods", "H2O").stdout
     assert "budget=0.2, int or float, more than 0, a decimal at most 1.0\n" in text
     assert "heavy=0.5, float, at least 0, at most 1\n" in text
