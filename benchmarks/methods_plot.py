@@ -22,9 +22,10 @@ PICTURE = Path(__file__).parent.parent / "docs" / "methods.svg"
 _LESS, _MORE, _EXACT = "#0b6e4f", "#b3541e", "#777777"
 _SHADES = ("#9fd3c0", "#4da184", "#0b6e4f")
 _FIXED = "#444444"
-_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _APART = 0.24  # of the dots of one method
 _LEFT = 0.02  # where the bars of nothing at all begin
+_RIGHT = 10  # where bars that are longer are cut off; their number is beside them
 
 
 def draw(kinds: Mapping[str, type[Method]], results: Results, path: Path) -> None:
@@ -56,11 +57,11 @@ def draw(kinds: Mapping[str, type[Method]], results: Results, path: Path) -> Non
 def _bars(axes: Axes, values: Sequence[float], title: str) -> None:
     """Ratios on a logarithmic axis, from 1 to the left where they are less."""
     for row, value in enumerate(values):
-        shown = max(value, _LEFT)
+        shown = min(max(value, _LEFT), _RIGHT)
         colour = _LESS if value <= 1 else _MORE
         axes.barh(row, shown - 1, left=1, height=0.62, color=colour)
         axes.annotate(
-            f"{value:.2f}",
+            f"{value:.2f}" if value <= _RIGHT else f"→ {value:.0f}",
             (shown, row),
             xytext=(3 if value > 1 else -3, 0),
             textcoords="offset points",
@@ -71,7 +72,7 @@ def _bars(axes: Axes, values: Sequence[float], title: str) -> None:
         )
     axes.set_xscale("log")
     low, high = min([*values, 0.5]), max([*values, 1.2])
-    axes.set_xlim(max(low, _LEFT) * 0.55, high * 1.9)
+    axes.set_xlim(max(low, _LEFT) * 0.45, min(high, _RIGHT) * 1.9)
     axes.xaxis.set_major_locator(FixedLocator(_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
