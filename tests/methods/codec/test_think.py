@@ -105,8 +105,9 @@ def test_pages_are_read_alike_one_by_one_or_together() -> None:
 
 def test_of_equal_channels_the_first_stay() -> None:
     k, v, view = pages(0, 1, 1)
-    view.q = torch.ones_like(view.q)
-    mask = ThinK().encode(torch.ones_like(k), v, view)["k_mask"]
+    k = torch.ones_like(k)
+    view = layer_view(k.flatten(1, 2), v.flatten(1, 2), torch.ones_like(view.q))
+    mask = ThinK().encode(k, v, view)["k_mask"]
     assert mask[0, 0, 0].tolist() == [1] * 6 + [0] * 4
 
 
