@@ -64,6 +64,7 @@ def page(summary: Row, notes: str = "") -> str:
     parts += [
         _profiles(summary["series"]),
         _disturbed(summary["disturbed"]),
+        _unwatched(summary["unwatched"]),
         _failures(summary["failed"]),
         _REPEAT,
     ]
@@ -211,6 +212,15 @@ def _disturbed(parts: Mapping[str, float]) -> str:
     return (
         "Parts in which other processes took more than a twentieth of the processors, so that "
         f"times are too long and uneven, and no target is judged by them: {shares}."
+    )
+
+
+def _unwatched(parts: Sequence[str]) -> str:
+    if not parts:
+        return ""
+    return (
+        "Parts in which nobody watched what other processes took; their spreads are all that "
+        f"speaks for them: {', '.join(parts)}."
     )
 
 

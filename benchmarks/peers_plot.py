@@ -64,6 +64,7 @@ def _lines(axes: Axes, rows: Sequence[Mapping[str, Any]], what: str, scale: floa
         axes.plot(*zip(*limits, strict=True), ":", color="#777777", label="limit of the machine")
     ticks = sorted({row["tokens"] for row in rows})
     axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(ticks, [length_text(tick) for tick in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)

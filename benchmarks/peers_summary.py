@@ -70,6 +70,7 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
             name: asdict(Spread.of([record["rates"][name] for record in records]))
             for name in (records[0]["rates"] if records else ())
         },
+        "unwatched": [r["part"]["name"] for r in records if r["others"] is None],
         "disturbed": {
             record["part"]["name"]: record["others"] for record in records if not _is_quiet(record)
         },
@@ -85,8 +86,9 @@ def summarize(records: Sequence[Record], machine: Machine) -> dict[str, Any]:
 
 
 def _is_quiet(record: Record) -> bool:
-    """Whether a part had the machine to itself; targets are judged by such parts alone."""
-    return record["others"] <= QUIET
+    """Whether a part had the machine to itself, as far as is known (the first parts that are on
+    record were not watched); targets are judged by such parts alone."""
+    return (record["others"] or 0.0) <= QUIET
 
 
 def _series(records: Sequence[Record]) -> list[dict[str, Any]]:

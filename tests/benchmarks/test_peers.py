@@ -244,7 +244,7 @@ def summary():
             "27M 8k quantized",
             {TAMIS: steps([6.0], [0.008]), "llama.cpp, q4_0 KV": steps([12.0], [0.016])},
         ),
-        record("27M 8k alone", {LLAMA_CPP: steps([99.0], [0.1])}),
+        record("27M 8k alone", {LLAMA_CPP: steps([99.0], [0.1])}, others=None),
         # Disturbed: the target it would meet is not judged.
         record("0.5B 8k dense", {TAMIS: steps([1.0], [0.001])}, model="0.5B", others=0.25),
         record(
@@ -310,5 +310,6 @@ def test_the_page_shows_tables_targets_failures_and_notes(summary, tmp_path):
     assert f"crowd: {CONTINUOUS} failed: too slow" in text
     assert "0.5B 8k dense (25 %)" in text
     assert "27M 8k dense (" not in text
+    assert "all that speaks for them: 27M 8k alone." in text
     draw(summary["series"], tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
