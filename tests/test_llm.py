@@ -162,6 +162,11 @@ def test_a_conversation_is_encoded_by_the_models_template(llm: LLM) -> None:
     assert llm.model.tokenizer.decode(ids) == "<bos>[user]hi\n[assistant]"
 
 
+def test_a_conversation_of_no_messages_is_refused(tiny_dir: Callable) -> None:
+    with pytest.raises(RequestError, match="the conversation is empty"):
+        LLM(tiny_dir("llama"), **settings()).encode_chat([])
+
+
 def test_without_a_tokenizer_prompts_are_ids(tmp_path: Path, tiny_dir: Callable) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

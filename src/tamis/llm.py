@@ -188,6 +188,8 @@ class LLM:
         tokenizer = self.model.tokenizer
         if tokenizer is None or not self.has_chat_template:
             raise RequestError("this model has no chat template; give the prompt as plain text")
+        if not messages:
+            raise RequestError("the conversation is empty; give at least one message")
         try:
             encoded = tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, return_dict=True
