@@ -21,7 +21,7 @@ WIDE_DOT = tl.constexpr(triton.knobs.runtime.interpret)
 
 def padded(n: int) -> int:
     """The extent of a tile that holds `n` rows or channels: a power of two."""
-    return max(MIN_DOT, triton.next_power_of_2(n))
+    return max(MIN_DOT, 1 << (n - 1).bit_length())
 
 
 def page_fields(kv: PagedKV, dtype: torch.dtype) -> dict[str, object]:
