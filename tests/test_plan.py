@@ -228,7 +228,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ("razorattention(ratio=1e999)", "ratio must be a finite number"),
         (f"h2o(heavy=1{'0' * 400})", "heavy must be a finite number"),
         ("h2o(heavy=-0.1)", "heavy must be at least 0"),
-        ("kivi(bits=3)", "kivi(bits=3): bits must be one of 2, 4, 8"),
+        ("kivi(bits=5)", "kivi(bits=5): bits must be one of 1, 2, 3, 4, 8"),
         ("snapkv(1024)", "name the parameters of snapkv (budget, window, kernel, pooling)"),
         ("snapkv(budget=1, budget=2)", "gives budget twice"),
         ("snapkv(**{'budget': 1})", "snapkv has no parameter None"),
