@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,15 +13,18 @@ import psutil
 import pytest
 
 from tamis import LLM, SamplingParams
-from tests.server.conftest import NAME, Serve, Server
+from tests.server.conftest import NAME, Serve
+from tests.server.test_process import Start, start
+
+__all__ = ["start"]  # a fixture
 
 CLIENTS = 200
 
 
-def client(server: Server, seed: int, stop: threading.Event, seen: list[str], once: bool) -> None:
+def client(url: str, seed: int, stop: threading.Event, seen: list[str], once: bool) -> None:
     """Send request after request: plain, streamed, left early, wrong."""
     choices = random.Random(seed)
-    with server.http as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
         while not stop.is_set():
             prompt = "x" * choices.randrange(1, 200)
             body: dict[str, Any] = {"model": NAME, "prompt": prompt, "max_tokens": 8}
@@ -44,12 +47,12 @@ def client(server: Server, seed: int, stop: threading.Event, seen: list[str], on
                 return
 
 
-def load(server: Server, seconds: float, once: bool = False) -> list[str]:
+def load(url: str, seconds: float, once: bool = False) -> list[str]:
     """What `CLIENTS` clients saw."""
     stop = threading.Event()
     seen: list[str] = []
     threads = [
-        threading.Thread(target=client, args=(server, seed, stop, seen, once))
+        threading.Thread(target=client, args=(url, seed, stop, seen, once))
         for seed in range(CLIENTS)
     ]
     for thread in threads:
@@ -65,25 +68,28 @@ def load(server: Server, seconds: float, once: bool = False) -> list[str]:
 
 def test_two_hundred_clients_are_all_answered(serve: Serve) -> None:
     with serve(engine={"kv_memory": "2MiB", "max_batch_tokens": 512}) as server:
-        seen = load(server, 0, once=True)
+        seen = load(server.url, 0, once=True)
         assert len(seen) == CLIENTS
         assert set(seen) == {"200", "400", "data: [DONE]", "left"}
         server.wait_idle()
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_five_minutes_of_two_hundred_clients(serve: Serve, llm: LLM) -> None:
+def test_memory_is_flat_over_five_minutes_of_two_hundred_clients(
+    start: Start, llm: LLM, tmp_path: Path
+) -> None:
+    """Of a process of its own: this one has the clients in it."""
     [expected] = llm.generate("x", SamplingParams(max_tokens=20))
-    process = psutil.Process()
-    with serve(engine={"kv_memory": "2MiB", "max_batch_tokens": 512}) as server:
-        load(server, 30)  # buffers and caches fill
+    options = ("--name", NAME, "--kv-memory", "2MiB", "--max-batch-tokens", 512)
+    with (tmp_path / "log").open("wb") as log, start(*options, output=log) as process:
+        memory = psutil.Process(process.popen.pid).memory_info
+        load(process.url, 30)  # buffers and caches fill
         sizes = []
         for _ in range(9):
-            seen = load(server, 30)
+            seen = load(process.url, 30)
             assert set(seen) == {"200", "400", "data: [DONE]", "left"}
-            server.wait_idle()
-            gc.collect()
-            sizes.append(process.memory_info().rss)
+            sizes.append(memory().rss)
         assert max(sizes[-3:]) - min(sizes[:3]) < 30 << 20, sizes
-        answer: httpx.Response = server.complete("x", max_tokens=20)
+        body = {"model": NAME, "prompt": "x", "temperature": 0, "max_tokens": 20}
+        answer = httpx.post(f"{process.url}/v1/completions", json=body, timeout=60)
         assert answer.json()["choices"][0]["text"] == expected.text

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -37,7 +38,10 @@ def start(tiny_dir: Callable[[str], Path]) -> Start:
 
     @contextmanager
     def run(
-        *options: object, port: int = 0, env: dict[str, str] | None = None
+        *options: object,
+        port: int = 0,
+        env: dict[str, str] | None = None,
+        output: int | IO[bytes] = subprocess.PIPE,
     ) -> Iterator[Process]:
         if port == 0:
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -47,8 +51,8 @@ def start(tiny_dir: Callable[[str], Path]) -> Start:
         popen = subprocess.Popen(
             [str(part) for part in command],
             env=os.environ | (env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
         )
         process = Process(popen, f"http://127.0.0.1:{port}")
         try:
