@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--groups", type=int, nargs="+", default=[4, 1])
+    parser.add_argument("--pages", nargs="+", default=list(CODECS), choices=list(CODECS))
     arguments = parser.parse_args()
+    chosen = {name: CODECS[name] for name in ["bf16", *arguments.pages]}
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(
@@ -117,12 +119,12 @@ def main() -> None:
     for dim in arguments.heads:
         caches = {
             name: [pages(codec, arguments.context, dim) for _ in range(arguments.layers)]
-            for name, codec in CODECS.items()
+            for name, codec in chosen.items()
         }
         for group in arguments.groups:
             q = torch.randn(1, KV_HEADS * group, dim).bfloat16()
             runs: dict[str, Callable[[], object]] = {"read": memory.sum}
-            runs |= {name: step(codec, caches[name], q) for name, codec in CODECS.items()}
+            runs |= {name: step(codec, caches[name], q) for name, codec in chosen.items()}
             times = timed(runs, arguments.seconds)
             read = memory.nbytes / statistics.median(times.pop("read"))
             dense = statistics.median(times["bf16"])

@@ -3,6 +3,7 @@
 
 #include "encoded.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -17,8 +18,9 @@
 namespace tamis {
 namespace {
 
-// Tokens per chunk, about: as in decode.cpp.
-constexpr int64_t kChunk = 512;
+// Tokens per chunk, about: as in decode.cpp for short heads. Long ones have longer chunks, because a
+// chunk's first pages are not prefetched; they still have 16 and more.
+constexpr int64_t kChunk = 512, kLongChunk = 2048, kChunks = 16;
 
 // Below this many tokens waking other threads costs more than they save.
 constexpr int64_t kParallelTokens = 256;
@@ -26,10 +28,18 @@ constexpr int64_t kParallelTokens = 256;
 // The pages of one KV head of one row.
 struct Span {
   const int32_t* table;
-  int64_t pages, first_chunk, chunks;
+  int64_t pages;
+  int64_t chunk_pages, first_chunk, chunks;
 };
 
-std::vector<Span> spans_of(const EncodedArgs& a, int64_t chunk_pages) {
+// Pages per chunk of a head of so many tokens.
+int64_t chunk_pages_of(int64_t tokens, int64_t page_size) {
+  const int64_t share = tokens / kChunks;
+  const int64_t chunk = share < kChunk ? kChunk : share > kLongChunk ? kLongChunk : share;
+  return chunk > page_size ? chunk / page_size : 1;
+}
+
+std::vector<Span> spans_of(const EncodedArgs& a) {
   std::vector<Span> spans;
   spans.reserve(a.n * a.kv_heads);
   int64_t chunks = 0;
@@ -42,8 +52,8 @@ std::vector<Span> spans_of(const EncodedArgs& a, int64_t chunk_pages) {
                                     std::to_string(a.page_size));
       }
       Span span{a.tables + row * a.tables_row_stride + head * a.tables_head_stride,
-                tokens / a.page_size, chunks, 0};
-      span.chunks = (span.pages + chunk_pages - 1) / chunk_pages;
+                tokens / a.page_size, chunk_pages_of(tokens, a.page_size), chunks, 0};
+      span.chunks = (span.pages + span.chunk_pages - 1) / span.chunk_pages;
       chunks += span.chunks;
       spans.push_back(span);
     }
@@ -77,8 +87,7 @@ std::unique_ptr<float[], Free> aligned_floats(int64_t n) {
 
 void decode_encoded(const EncodedArgs& a, Isa isa, int threads) {
   const int64_t group = a.q_heads / a.kv_heads;
-  const int64_t chunk_pages = kChunk > a.page_size ? kChunk / a.page_size : 1;
-  const std::vector<Span> spans = spans_of(a, chunk_pages);
+  const std::vector<Span> spans = spans_of(a);
   const int64_t heads = static_cast<int64_t>(spans.size());
 
   std::vector<int64_t> span_of;  // of each chunk
@@ -117,8 +126,8 @@ void decode_encoded(const EncodedArgs& a, Isa isa, int threads) {
     const int64_t s = span_of[c], row = s / a.kv_heads, head = s % a.kv_heads;
     const Span& span = spans[s];
     range.table = span.table;
-    range.begin = (c - span.first_chunk) * chunk_pages;
-    range.end = range.begin + chunk_pages < span.pages ? range.begin + chunk_pages : span.pages;
+    range.begin = (c - span.first_chunk) * span.chunk_pages;
+    range.end = std::min(range.begin + span.chunk_pages, span.pages);
     range.q = a.q + (row * a.q_row_stride + head * group * a.q_head_stride) * size_of(a.dtype);
     attend(range, mine, partials.of(c));
     if (pending[s].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(s, mine + kernel_floats);

@@ -28,10 +28,12 @@ class EncodedKernel {
   const Side &k_, &v_;
   const Partial& partial_;
   const int64_t v_pad_;
+  const int64_t k_words_, k_planes_, v_words_, v_planes_;  // as of Side, which divides
   EncodedScratch s_;
   Packing keys_, values_;  // rows 0 where codes are not multiplied as such
   const uint8_t* pages_[kBlock];
   int64_t n_pages_ = 0;  // of the block at work
+  int64_t ahead_ = 0, ahead_offset_ = 0;  // page and byte that are prefetched next
 
  public:
   EncodedKernel(const EncodedRange& range, float* scratch, const Partial& partial)
@@ -40,6 +42,10 @@ class EncodedKernel {
         v_(range.v),
         partial_(partial),
         v_pad_(padded(range.v.dim)),
+        k_words_(range.k.words()),
+        k_planes_(range.k.planes()),
+        v_words_(range.v.words()),
+        v_planes_(range.v.planes()),
         keys_(packing_of_keys(range.k, range.page_size, I::kBytes)),
         values_(packing_of_values(range.v, range.page_size, I::kBytes)) {
     carve(range, I::kBytes, scratch, &s_);
@@ -48,24 +54,21 @@ class EncodedKernel {
   void run() {
     prepare();
     const int64_t step = block_pages(r_.page_size);
-    for (int64_t i = 0; i < step && r_.begin + i < r_.end; ++i) {
-      prefetch(r_.begin + i, 0, r_.page_bytes);
-    }
+    ahead_ = r_.begin;
+    prefetch(step * lines());
     for (int64_t begin = r_.begin; begin < r_.end; begin += step) {
       n_pages_ = r_.end - begin < step ? r_.end - begin : step;
       for (int64_t i = 0; i < n_pages_; ++i) pages_[i] = page(begin + i);
       for (int64_t i = 0; i < n_pages_; ++i) {
-        prefetch(begin + step + i, 0, r_.page_bytes / 2);
         score_page(pages_[i], i * r_.page_size);
+        if (keys_.rows == 0) prefetch(lines() / 2);
       }
       for (int64_t g = 0; g < r_.group; ++g) {
         s_.rescale[g] = soften<Isa>(scores(g), n_pages_ * r_.page_size, r_.scale, r_.softcap,
                                     partial_.top + g, partial_.denominator + g);
       }
-      for (int64_t i = 0; i < n_pages_; ++i) {
-        prefetch(begin + step + i, r_.page_bytes / 2, r_.page_bytes);
-      }
       add_values();
+      prefetch_until(begin + 2 * step);
     }
     if (values_.rows > 0) unpack_sums();
   }
@@ -77,10 +80,25 @@ class EncodedKernel {
 
   const uint8_t* page(int64_t entry) const { return r_.data + r_.table[entry] * kUnit; }
 
-  void prefetch(int64_t entry, int64_t from, int64_t to) const {
-    if (entry >= r_.end) return;
-    const uint8_t* const start = page(entry);
-    for (int64_t i = from / 64 * 64; i < to; i += 64) __builtin_prefetch(start + i, 0, 2);
+  // Cache lines of a page.
+  int64_t lines() const { return (r_.page_bytes + 63) / 64; }
+
+  // Bring the next `count` lines of the range into the second-level cache. A few at a time, because
+  // what is read meanwhile must not wait behind them.
+  void prefetch(int64_t count) {
+    while (count-- > 0 && ahead_ < r_.end) {
+      __builtin_prefetch(page(ahead_) + ahead_offset_, 0, 2);
+      ahead_offset_ += 64;
+      if (ahead_offset_ >= r_.page_bytes) {
+        ahead_offset_ = 0;
+        ++ahead_;
+      }
+    }
+  }
+
+  // The same for all lines before the page `end`.
+  void prefetch_until(int64_t end) {
+    while (ahead_ < end && ahead_ < r_.end) prefetch(1);
   }
 
   template <class P>
@@ -233,7 +251,7 @@ class EncodedKernel {
         using T = Element<decltype(scale)>;
         scale_queries(scale + at, reinterpret_cast<const T*>(page + k_.zero) + at);
       });
-      const uint8_t* const codes = page + k_.elements + first * k_.words() * 2;
+      const uint8_t* const codes = page + k_.elements + first * k_words_ * 2;
       by_rows(keys_.rows, [&](auto rows) {
         by_queries([&](auto number, int64_t g) {
           multiply_codes<decltype(rows)::value, decltype(number)::value>(codes, t0 + first, g);
@@ -256,9 +274,10 @@ class EncodedKernel {
       Isa::store(zeros + whole, Isa::load(zero + whole, dim - whole));
     }
     const Vec nothing = Isa::set(0.0f);
-    for (int64_t g = 0; g < r_.group; ++g) {
+    for (int64_t g = 0, group = r_.group; g < group; ++g) {
       const float* const q = query(g);
       Vec top = nothing, base = nothing;
+#pragma GCC unroll 4
       for (int64_t d = 0; d < dim; d += kWidth) {
         const Vec scaled = Isa::load(q + d) * Isa::load(scales + d);
         top = Isa::max(top, Isa::max(scaled, nothing - scaled));
@@ -269,6 +288,7 @@ class EncodedKernel {
       s_.step[g] = most / kMost;
       s_.base[g] = Isa::sum_lanes(base);
       int16_t* const to = s_.q16 + g * s_.q16_stride;
+#pragma GCC unroll 4
       for (int64_t d = 0; d < dim; d += kWidth) {
         I::store16(to + d, Isa::load(q + d) * Isa::load(scales + d) * share);
       }
@@ -279,12 +299,13 @@ class EncodedKernel {
   template <int R, int N>
   void multiply_codes(const uint8_t* codes, int64_t t, int64_t g) {
     constexpr int kStrips = 4;
-    const int64_t words_per_row = k_.words(), row_bytes = words_per_row * 2;
+    const int64_t words_per_row = k_words_, row_bytes = words_per_row * 2;
     const int64_t strips = k_.group / R, vectors = keys_.vectors, q_stride = s_.q16_stride;
-    const int bits = static_cast<int>(k_.bits), planes = static_cast<int>(k_.planes());
+    const int bits = static_cast<int>(k_.bits), planes = static_cast<int>(k_planes_);
     const Codes mask = I::set16(static_cast<int16_t>((1 << bits) - 1));
     const int16_t* const q16 = s_.q16 + g * q_stride;
     for (int64_t strip = 0; strip < strips; strip += kStrips) {
+      prefetch(kStrips * R * row_bytes / 64 + 1);
       Codes products[N][kStrips];
       for (int i = 0; i < N; ++i) {
         for (int j = 0; j < kStrips; ++j) products[i][j] = I::zero();
@@ -544,7 +565,7 @@ class EncodedKernel {
   void interleave() {
     by_rows(values_.rows, [&](auto number) {
       constexpr int R = decltype(number)::value;
-      const int64_t row_bytes = v_.words() * 2, vectors = values_.vectors, size = r_.page_size;
+      const int64_t row_bytes = v_words_ * 2, vectors = values_.vectors, size = r_.page_size;
       uint8_t* to = s_.pairs;
       for (int64_t i = 0; i < n_pages_; ++i) {
         const uint8_t* const codes = pages_[i] + v_.elements;
@@ -576,6 +597,7 @@ class EncodedKernel {
         const float* const weights = scores(g) + i * size;
         float* const to = weighted + i * size * groups;
         const int64_t count = size * groups;
+#pragma GCC unroll 4
         for (int64_t at = 0; at < count; at += kWidth) {
           const Vec weight = I::spread(weights + (at >> shift), shift);
           const Vec scaled = weight * Isa::load(scale + at);
@@ -589,6 +611,7 @@ class EncodedKernel {
     const float most = Isa::max_lane(top);
     const Vec share = Isa::set(most > 1e-30f ? kMost / most : 0.0f);
     s_.step[g] = most / kMost;
+#pragma GCC unroll 4
     for (int64_t at = 0, count = tokens * groups; at < count; at += kWidth) {
       I::store16(w16 + at, Isa::load(weighted + at) * share);
     }
@@ -597,6 +620,7 @@ class EncodedKernel {
     for (int64_t group = 0; group < groups; ++group) {
       uint8_t* to = weights_of(group, pairs) + g * I::kBytes;
       const int16_t* const index = s_.index + group * 2 * kWidth;
+#pragma GCC unroll 4
       for (int64_t p = 0; p < pairs; ++p, to += stride) {
         I::store(to, I::pick(w16 + p * pair_tokens * groups, index));
       }
@@ -616,14 +640,23 @@ class EncodedKernel {
     const int64_t pairs = n_pages_ * r_.page_size / (2 * values_.rows);
     const int64_t pair_bytes = values_.vectors * 2 * I::kBytes;
     const int64_t weight_bytes = r_.group * I::kBytes;
+    const int64_t lines_per_plane =
+        n_pages_ * lines() / (2 * values_.vectors * v_planes_) + 1;  // half of a block's
+    int64_t group = 0, first = 0;  // of channels, and its first: found without dividing
     for (int64_t v = 0; v < values_.vectors; ++v) {
-      for (int64_t p = 0; p < v_.planes(); ++p) {
-        const int64_t channel = p * v_.words() + v * (I::kBytes / 2);
+      for (int64_t p = 0; p < v_planes_; ++p) {
+        const int64_t channel = p * v_words_ + v * (I::kBytes / 2);
         if (channel >= v_.dim) continue;
+        while (channel < first || channel >= first + v_.group) {
+          group = channel < first ? 0 : group + 1;
+          first = group * v_.group;
+        }
         const uint8_t* words = s_.pairs + v * 2 * I::kBytes;
-        const uint8_t* weights = weights_of(channel / v_.group, pairs) + g * I::kBytes;
+        const uint8_t* weights = weights_of(group, pairs) + g * I::kBytes;
+        prefetch(lines_per_plane);
         Codes products[2][N];
         for (int i = 0; i < N; ++i) products[0][i] = products[1][i] = I::zero();
+#pragma GCC unroll 2
         for (int64_t pair = 0; pair < pairs; ++pair) {
           const int shift = static_cast<int>(p) * bits;
           const Codes low = I::plane(I::load(words), shift, mask);
@@ -638,7 +671,7 @@ class EncodedKernel {
         }
         for (int i = 0; i < N; ++i) {
           float* to = s_.plane_sums + (g + i) * s_.plane_stride +
-                      (v * v_.planes() + p) * 2 * kWidth;
+                      (v * v_planes_ + p) * 2 * kWidth;
           const Vec rescale = Isa::set(s_.rescale[g + i]), step = Isa::set(s_.step[g + i]);
           for (int half = 0; half < 2; ++half, to += kWidth) {
             Isa::store(to, Isa::fma(I::to_float(products[half][i]), step,
@@ -654,7 +687,7 @@ class EncodedKernel {
     by_rows(values_.rows, [&](auto number) {
       constexpr int R = decltype(number)::value;
       constexpr int kLanes = kWidth / R;
-      const int64_t words = v_.words(), planes = v_.planes(), dim = v_.dim;
+      const int64_t words = v_words_, planes = v_planes_, dim = v_.dim;
       for (int64_t g = 0; g < r_.group; ++g) {
         float* const to = sums(g);
         const float* from = s_.plane_sums + g * s_.plane_stride;
