@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tamis.load.client import Client, Outcome
 from tamis.load.workload import Planned
@@ -64,9 +65,9 @@ async def run(
             await asyncio.wait({stopped, *open_}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         progress.unfinished = len(open_)
-        rest = [stopped, *open_]
-        for task in rest:
-            task.cancel()
+        rest: list[asyncio.Future[Any]] = [stopped, *open_]
+        for future in rest:
+            future.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
     if progress.unfinished:
         progress.elapsed_s = time.perf_counter() - began
