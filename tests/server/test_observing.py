@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tamis.server.logs import Formatter
-from tests.server.conftest import NAME, Serve, Server
+from tests.server.conftest import NAME, Serve, Server, wait_for
 
 
 def metrics(server: Server) -> dict[str, list[tuple[dict[str, str], float]]]:
@@ -45,11 +45,11 @@ def test_metrics_follow_what_happens(serve: Serve) -> None:
         server.wait_idle()
         assert server.complete("x", max_tokens=5, ignore_eos=True).status_code == 200
         assert server.complete("x", model="y").status_code == 404
+        refused = {"path": "/v1/completions", "status": "404"}  # counted when it has been sent
+        wait_for(lambda: (refused, 1) in metrics(server)["tamis_http_responses_total"])
         after = metrics(server)
         assert sum(n for _, n in after["tamis_kv_pages"]) == 0
         assert ({"finish_reason": "length"}, 1) in after["tamis_completions_total"]
-        responses = after["tamis_http_responses_total"]
-        assert ({"path": "/v1/completions", "status": "404"}, 1) in responses
         for name in ("time_to_first_token", "time_per_output_token", "queue_time", "request_time"):
             assert after[f"tamis_{name}_seconds_count"] == [({}, 1)]
         assert after["tamis_prefill_tokens_total"][0][1] >= 302
@@ -67,6 +67,8 @@ def test_a_request_is_logged_with_its_cost_and_without_its_text(
             messages = [{"role": "user", "content": secret}]
             client.post("/v1/chat/completions", json={"model": "no", "messages": messages})
         server.wait_idle()
+        # A request is logged when its answer has been sent, so maybe after the client has it.
+        wait_for(lambda: sum(r.getMessage() == "request" for r in caplog.records) == 3)
     lines = [Formatter("json").format(record) for record in caplog.records]
     requests = [json.loads(line) for line in lines if '"event": "request"' in line]
     first, second, third = requests

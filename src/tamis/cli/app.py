@@ -50,6 +50,7 @@ app = typer.Typer(
     cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of options where a terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)

@@ -62,11 +62,11 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def _limit(what: str) -> object:
-    return typer.Option(metavar="N", help=what, rich_help_panel="Limits")
+    return typer.Option(metavar="N", help=what)
 
 
 def _seconds(what: str) -> object:
-    return typer.Option(metavar="SECONDS", help=what, rich_help_panel="Limits")
+    return typer.Option(metavar="SECONDS", help=what)
 
 
 def serve(
@@ -137,9 +137,7 @@ def serve(
     max_choices: Annotated[int, _limit("Most completions of one request.")] = 64,
     max_prompt_tokens: Annotated[int | None, _limit("Longest prompt.")] = None,
     max_output_tokens: Annotated[int | None, _limit("Longest completion.")] = None,
-    max_body: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest body.", rich_help_panel="Limits")
-    ] = "8MiB",
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Largest body.")] = "8MiB",
     max_wait: Annotated[
         float | None,
         _seconds(
