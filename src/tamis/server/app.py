@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from tamis import __version__
 from tamis.llm import AsyncLLM
-from tamis.server import errors
+from tamis.server import dashboard, errors
 from tamis.server.body import BodyLimit
 from tamis.server.errors import ApiError
 from tamis.server.keys import ApiKeys
@@ -30,8 +30,8 @@ from tamis.server.protocol import (
 from tamis.server.service import Service
 from tamis.server.settings import Settings
 
-OPEN_PATHS = ("/health", "/ready")
-"""Paths that need no API key: they say nothing but yes or no."""
+OPEN_PATHS = ("/health", "/ready", dashboard.PATH)
+"""Paths that need no API key: they say nothing but yes or no, or are the same for everyone."""
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -52,6 +52,7 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
     _generating(app, service)
     _describing(app, service)
     _operating(app, service)
+    dashboard.install(app, service)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body, timeout_s=settings.body_timeout)
     app.add_middleware(ApiKeys, keys=settings.api_keys, open_paths=OPEN_PATHS)
