@@ -1,8 +1,10 @@
 // The decode kernel, written once over an instruction set `Isa` (isa_*.h).
 //
 // One pass over K and V: per block of tokens, scores of all query heads of the group, online
-// softmax, then the weighted sum of values. K and V rows come from memory once and serve the whole
-// group.
+// softmax, then the weighted sum of values. K and V rows come from memory once and serve up to 8
+// query heads of a group together. Where vectors are wide, the elements of three or more products
+// are not added up across the lanes of a vector, which costs more than the products of a short key:
+// the keys are transposed once for all queries, so that lanes are tokens.
 #pragma once
 
 #include "decode.h"
@@ -15,21 +17,27 @@ template <class Isa, class T>
 class DecodeKernel {
   using Vec = typename Isa::Vec;
   using Dot = typename Isa::template Dot<T>;
+  using Outer = typename Isa::template Outer<T>;
+  using Unit = typename Outer::Unit;
   static constexpr int kWidth = Isa::kWidth;
+  static constexpr bool kWide = kWidth == 16;
+  static constexpr int kMostQueries = kWide ? 8 : 4;  // of one pass: what registers hold
   static constexpr float kNothing = -__builtin_inff();
 
   // Where the keys and values of a block of tokens lie.
   struct Rows {
     int64_t count;
     const T* k[kBlock + kWidth];  // to a whole number of vectors the last one is repeated
-    const T* v[kBlock];
+    const T* v[kBlock + 1];       // to an even number likewise
   };
 
   const Range& range_;
   const Partial& partial_;
   const int64_t k_pad_, v_pad_;
+  const bool transposes_;  // the keys, so that lanes are tokens
   float* const scores_;                   // [group, kBlock]
   typename Dot::Query* const queries_;    // [group, k_pad_]
+  Unit weights_[kMostQueries][kBlock];  // of the block, packed
   Rows blocks_[2];
   const Rows* rows_ = &blocks_[0];  // of the block at work
   const Rows* next_ = &blocks_[1];  // of the block that is prefetched meanwhile
@@ -40,6 +48,7 @@ class DecodeKernel {
         partial_(partial),
         k_pad_(padded(range.k_dim)),
         v_pad_(padded(range.v_dim)),
+        transposes_(kWide && range.k_dim % (kWidth * Outer::kPack) == 0),
         scores_(scratch),
         queries_(reinterpret_cast<typename Dot::Query*>(scratch + range.group * kBlock)) {}
 
@@ -61,10 +70,9 @@ class DecodeKernel {
       rows_ = &blocks_[ready];
       next_ = &blocks_[ready ^ 1];
       find_rows(begin + kBlock, &blocks_[ready ^ 1]);
-      int64_t g = 0;
-      for (; g + 4 <= range_.group; g += 4) attend_block<4>(g);
-      for (; g + 2 <= range_.group; g += 2) attend_block<2>(g);
-      for (; g < range_.group; ++g) attend_block<1>(g);
+      for (int64_t g = 0; g < range_.group; g += kMostQueries) {
+        attend_queries<kMostQueries>(g, range_.group - g);
+      }
     }
   }
 
@@ -88,6 +96,7 @@ class DecodeKernel {
       }
     }
     for (int64_t i = count; i % kWidth; ++i) rows->k[i] = rows->k[count - 1];
+    if (count % 2) rows->v[count] = rows->v[count - 1];
   }
 
   // The rows of `run` tokens of one page, the head's page `entry`, from `slot`.
@@ -101,14 +110,37 @@ class DecodeKernel {
     }
   }
 
+  // The next `left` queries from `g`, at most N, over the block's tokens. Where products are added
+  // across lanes, their number must divide a vector's width.
+  template <int N>
+  void attend_queries(int64_t g, int64_t left) {
+    if (left >= N) {
+      attend_block<N>(g);
+    } else if constexpr (N > 1) {
+      if (transposes_) {
+        attend_queries<N - 1>(g, left);
+      } else {
+        attend_queries<N / 2>(g, left);
+        if (left > N / 2) attend_queries<N / 2>(g + N / 2, left - N / 2);
+      }
+    }
+  }
+
   // Queries g..g + N over the block's tokens.
   template <int N>
   void attend_block(int64_t g) {
     score<N>(g);
     float rescale[N];
     for (int i = 0; i < N; ++i) rescale[i] = soften_query(g + i);
+    if constexpr (Outer::kPack == 2) {
+      if (range_.v_dim % (2 * kWidth) == 0) return add_value_pairs<N>(g, rescale);
+    }
     int64_t d = 0;
-    for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_values<N, 4>(g, d, rescale);
+    if constexpr (N > 4) {
+      for (; d + 2 * kWidth <= range_.v_dim; d += 2 * kWidth) add_values<N, 2>(g, d, rescale);
+    } else {
+      for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_values<N, 4>(g, d, rescale);
+    }
     for (; d + kWidth <= range_.v_dim; d += kWidth) add_values<N, 1>(g, d, rescale);
     if (d < range_.v_dim) add_last_values<N>(g, d, rescale);
   }
@@ -121,8 +153,37 @@ class DecodeKernel {
         prefetch_row<Isa>(next_->k[j], range_.k_dim);
       }
     };
-    dot_products<Isa, T, N>(queries_ + g * k_pad_, k_pad_, rows_->k, rows_->count, range_.k_dim,
-                            scores_ + g * kBlock, kBlock, prefetch_next);
+    if constexpr (N > 2 && kWide) {
+      if (transposes_) return multiply_transposed<N>(g, prefetch_next);
+    }
+    if constexpr (kWidth % N == 0) {
+      dot_products<Isa, T, N>(queries_ + g * k_pad_, k_pad_, rows_->k, rows_->count, range_.k_dim,
+                              scores_ + g * kBlock, kBlock, prefetch_next);
+    }
+  }
+
+  // The same with tokens in the lanes.
+  template <int N, class Before>
+  void multiply_transposed(int64_t g, Before before) {
+    const Unit* const queries = reinterpret_cast<const Unit*>(queries_ + g * k_pad_);
+    const int64_t stride = k_pad_ / Outer::kPack, units = range_.k_dim / Outer::kPack;
+    for (int64_t t = 0; t < rows_->count; t += kWidth) {
+      before(t, int64_t{kWidth});
+      Vec products[N];
+      for (int n = 0; n < N; ++n) products[n] = Isa::set(0.0f);
+      for (int64_t u = 0; u < units; u += kWidth) {
+        Vec keys[kWidth];
+        for (int j = 0; j < kWidth; ++j) keys[j] = Outer::units(rows_->k[t + j] + u * Outer::kPack);
+        Isa::transpose(keys);
+        for (int i = 0; i < kWidth; ++i) {
+          for (int n = 0; n < N; ++n) {
+            const auto query = Outer::broadcast(queries + n * stride + u + i);
+            products[n] = Outer::multiply_add(products[n], query, Outer::lanes_of(keys[i]));
+          }
+        }
+      }
+      for (int n = 0; n < N; ++n) Isa::store(scores_ + (g + n) * kBlock + t, products[n]);
+    }
   }
 
   // Turn the products of query `g` into weights; returns the factor of its earlier sums.
@@ -146,6 +207,65 @@ class DecodeKernel {
     add<N, 1>(g, d, rescale, [d, left](const T* row, int) {
       return Isa::load(row + d, left);
     });
+  }
+
+  // The same for two tokens at a time, whose weights and values are pairs of units. The weights
+  // are rounded to the values' type.
+  template <int N>
+  void add_value_pairs(int64_t g, const float* rescale) {
+    for (int n = 0; n < N; ++n) {
+      float* const weights = scores_ + (g + n) * kBlock;
+      for (int64_t t = rows_->count; t % 32; ++t) weights[t] = 0.0f;
+      Outer::pack_row(weights, (rows_->count + 31) / 32 * 32, weights_[n]);
+    }
+    int64_t d = 0;
+    if constexpr (N <= 4) {
+      for (; d + 4 * kWidth <= range_.v_dim; d += 4 * kWidth) add_pairs<N, 2>(g, d, rescale);
+    }
+    for (; d < range_.v_dim; d += 2 * kWidth) add_pairs<N, 1>(g, d, rescale);
+  }
+
+  // For N queries and D times two vectors of the values' dimensions.
+  template <int N, int D>
+  void add_pairs(int64_t g, int64_t d, const float* rescale) {
+    float* const sums = partial_.sums + g * v_pad_ + d;
+    Vec total[N][D][2];
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < D; ++i) {
+        const float* const from = sums + n * v_pad_ + i * 2 * kWidth;
+        Outer::split(Isa::load(from) * Isa::set(rescale[n]),
+                     Isa::load(from + kWidth) * Isa::set(rescale[n]), total[n][i]);
+      }
+    }
+    for (int64_t t = 0; t < rows_->count; t += 2) {
+      if (g == 0 && d == 0) {
+        for (int64_t j = t; j < t + 2 && j < next_->count; ++j) {
+          prefetch_row<Isa>(next_->v[j], range_.v_dim);
+        }
+      }
+      typename Outer::Lanes values[D][2];
+      for (int i = 0; i < D; ++i) {
+        const int64_t at = d + i * 2 * kWidth;
+        Outer::interleave(rows_->v[t] + at, rows_->v[t + 1] + at, values[i]);
+      }
+      for (int n = 0; n < N; ++n) {
+        const auto weight = Outer::broadcast(weights_[n] + t / 2);
+        for (int i = 0; i < D; ++i) {
+          for (int h = 0; h < 2; ++h) {
+            total[n][i][h] = Outer::multiply_add(total[n][i][h], weight, values[i][h]);
+          }
+        }
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < D; ++i) {
+        Vec joined[2];
+        Outer::join(total[n][i], joined);
+        float* const to = sums + n * v_pad_ + i * 2 * kWidth;
+        Isa::store(to, joined[0]);
+        Isa::store(to + kWidth, joined[1]);
+      }
+    }
   }
 
   template <int N, int D, class Load>

@@ -51,6 +51,30 @@ struct Avx512 {
     const Vec high = add_quarters(sums_of_four(v + 8), sums_of_four(v + 12));
     return add_quarters(low, high);
   }
+  // v[i] lane j becomes v[j] lane i.
+  static void transpose(Vec* v) {
+    Vec t[16];
+    for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks within quarters of four vectors
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[i], v[i + 1]));
+      const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[i], v[i + 1]));
+      const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[i + 2], v[i + 3]));
+      const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+      t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for (int i = 0; i < 4; ++i) {  // and the blocks themselves
+      const Vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
+      const Vec b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+      const Vec c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
+      const Vec d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+      v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      v[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+      v[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      v[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
 
  private:
   static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }

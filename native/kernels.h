@@ -9,6 +9,7 @@
 #include "observe_pages.h"
 #include "observe_tokens.h"
 #include "prefill.h"
+#include "rows.h"
 
 namespace tamis {
 
@@ -19,6 +20,10 @@ struct Kernels {
   ObserveSpan* observe_span[3];
   ObserveRange* observe_range[3];
   LinearRange* linear_range[3];
+  RmsNormRow* rms_norm_row[3];
+  RotateRow* rotate_row[3];
+  GateRow* gate_row[3];
+  AddRow* add_row[3];
   BoundPages* bound_pages[3];
   SoftmaxRow* softmax_row;
   AttendEncoded* attend_encoded;

@@ -39,8 +39,28 @@ struct PairOuter {
     return lanes(_mm512_set1_epi32(bits));
   }
   static Lanes load(const Unit* units) { return lanes(_mm512_loadu_si512(units)); }
+  static __m512 units(const Bf16* elements) { return _mm512_loadu_ps(elements); }
+  static Lanes lanes_of(__m512 units) { return reinterpret_cast<Lanes>(units); }
   static __m512 multiply_add(__m512 sum, Lanes left, Lanes right) {
     return _mm512_dpbf16_ps(sum, left, right);
+  }
+  // 32 elements of two rows as units, in an order of columns of its own.
+  static void interleave(const Bf16* first, const Bf16* second, Lanes to[2]) {
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    to[0] = tamis::lanes(_mm512_unpacklo_epi16(a, b));
+    to[1] = tamis::lanes(_mm512_unpackhi_epi16(a, b));
+  }
+  // 32 floats from and to that order.
+  static void split(__m512 low, __m512 high, __m512 to[2]) {
+    const __m512i first =
+        _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    to[0] = _mm512_permutex2var_ps(low, first, high);
+    to[1] = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(4)), high);
+  }
+  static void join(const __m512 from[2], __m512 to[2]) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    to[0] = _mm512_permutex2var_ps(from[0], low, from[1]);
+    to[1] = _mm512_permutex2var_ps(from[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), from[1]);
   }
   static void pack_row(const float* from, int64_t count, Unit* to) {
     for (int64_t i = 0; i < count; i += 32) {

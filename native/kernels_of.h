@@ -9,6 +9,7 @@
 #include "observe_pages_kernel.h"
 #include "observe_tokens_kernel.h"
 #include "prefill_kernel.h"
+#include "rows_kernel.h"
 
 namespace tamis {
 
@@ -19,6 +20,10 @@ Kernels kernels_of() {
           {observe_span<Isa, float>, observe_span<Isa, Fp16>, observe_span<Isa, Bf16>},
           {observe_range<Isa, float>, observe_range<Isa, Fp16>, observe_range<Isa, Bf16>},
           {linear_range<Isa, float>, linear_range<Isa, Fp16>, linear_range<Isa, Bf16>},
+          {rms_norm_row<Isa, float>, rms_norm_row<Isa, Fp16>, rms_norm_row<Isa, Bf16>},
+          {rotate_row<Isa, float>, rotate_row<Isa, Fp16>, rotate_row<Isa, Bf16>},
+          {gate_row<Isa, float>, gate_row<Isa, Fp16>, gate_row<Isa, Bf16>},
+          {add_row<Isa, float>, add_row<Isa, Fp16>, add_row<Isa, Bf16>},
           {bound_pages<Isa, float>, bound_pages<Isa, Fp16>, bound_pages<Isa, Bf16>},
           softmax_row<Isa>,
           attend_encoded<Isa>};

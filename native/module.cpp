@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "decode.h"
 #include "encoded.h"
+#include "layer.h"
 #include "linear.h"
 #include "narrow.h"
 #include "observe.h"
@@ -328,6 +329,75 @@ void linear_call(const std::string& isa, int threads, int dtype, int64_t rows, i
   linear(args, chosen, threads);
 }
 
+// A norm as (weight, epsilon, style), with a weight of 0 for none.
+RmsNorm norm_of(const nb::tuple& norm) {
+  return {at<const void>(nb::cast<uintptr_t>(norm[0])), nb::cast<float>(norm[1]),
+          static_cast<RmsStyle>(nb::cast<int>(norm[2]))};
+}
+
+void rms_norm_call(const std::string& isa, int dtype, int64_t rows, int64_t width, uintptr_t x,
+                   const nb::tuple& norm, uintptr_t y) {
+  const RmsNormArgs args{static_cast<DType>(dtype), rows, width, at<const void>(x), norm_of(norm),
+                         at<void>(y)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  rms_norm(args, chosen);
+}
+
+// A matrix as (weight, bias, out), with a bias of 0 for none.
+Matrix matrix_of(const nb::tuple& matrix) {
+  return {at<const void>(nb::cast<uintptr_t>(matrix[0])),
+          at<const void>(nb::cast<uintptr_t>(matrix[1])), nb::cast<int64_t>(matrix[2])};
+}
+
+void layer_inputs_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t width,
+                       uintptr_t x, const nb::tuple& norm, const nb::tuple& q, const nb::tuple& k,
+                       const nb::tuple& v, int64_t k_dim, int64_t rotated, const nb::tuple& q_norm,
+                       const nb::tuple& k_norm, uintptr_t cos, uintptr_t sin, uintptr_t q_out,
+                       uintptr_t k_out, uintptr_t v_out) {
+  const LayerInputs args{static_cast<DType>(dtype),
+                         rows,
+                         width,
+                         at<const void>(x),
+                         norm_of(norm),
+                         matrix_of(q),
+                         matrix_of(k),
+                         matrix_of(v),
+                         k_dim,
+                         rotated,
+                         norm_of(q_norm),
+                         norm_of(k_norm),
+                         at<const void>(cos),
+                         at<const void>(sin),
+                         at<void>(q_out),
+                         at<void>(k_out),
+                         at<void>(v_out)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  layer_inputs(args, chosen, threads);
+}
+
+void layer_outputs_call(const std::string& isa, int threads, int dtype, int64_t rows,
+                        int64_t width, uintptr_t x, uintptr_t attended, int64_t attended_width,
+                        const nb::tuple& output, const nb::tuple& norm, const nb::tuple& gate,
+                        const nb::tuple& up, const nb::tuple& down, uintptr_t y) {
+  const LayerOutputs args{static_cast<DType>(dtype),
+                          rows,
+                          width,
+                          at<const void>(x),
+                          at<const void>(attended),
+                          attended_width,
+                          matrix_of(output),
+                          norm_of(norm),
+                          matrix_of(gate),
+                          matrix_of(up),
+                          matrix_of(down),
+                          at<void>(y)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  layer_outputs(args, chosen, threads);
+}
+
 nb::dict cpu_features_dict() {
   const CpuFeatures found = cpu_features();
   nb::dict features;
@@ -396,6 +466,15 @@ NB_MODULE(_native, m) {
         "Page tables cut down to some pages; see narrow.h.");
   m.def("linear", tamis::linear_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a, "in"_a, "out"_a,
         "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "y"_a, "A linear layer; see linear.h.");
+  m.def("rms_norm", tamis::rms_norm_call, "isa"_a, "dtype"_a, "rows"_a, "width"_a, "x"_a,
+        "norm"_a, "y"_a, "Root mean square norm; see layer.h.");
+  m.def("layer_inputs", tamis::layer_inputs_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,
+        "width"_a, "x"_a, "norm"_a, "q"_a, "k"_a, "v"_a, "k_dim"_a, "rotated"_a, "q_norm"_a,
+        "k_norm"_a, "cos"_a, "sin"_a, "q_out"_a, "k_out"_a, "v_out"_a,
+        "Queries, keys and values of a decoder layer; see layer.h.");
+  m.def("layer_outputs", tamis::layer_outputs_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,
+        "width"_a, "x"_a, "attended"_a, "attended_width"_a, "output"_a, "norm"_a, "gate"_a, "up"_a,
+        "down"_a, "y"_a, "A decoder layer after its attention; see layer.h.");
   m.def("append", tamis::append_call, "threads"_a, "data"_a, "page_size"_a, "tables"_a,
         "tables_row_stride"_a, "tables_head_stride"_a, "lengths"_a, "lengths_row_stride"_a,
         "lengths_head_stride"_a, "starts"_a, "n"_a, "kv_heads"_a, "k"_a, "k_token_stride"_a,

@@ -1,4 +1,4 @@
-// The index of the calling thread in its team.
+// The calling thread's place in its team, also where there is no OpenMP.
 #pragma once
 
 #ifdef _OPENMP
@@ -13,6 +13,19 @@ inline int thread_index() {
 #else
   return 0;
 #endif
+}
+
+inline int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// Until every thread of the team is here.
+inline void wait_for_team() {
+#pragma omp barrier
 }
 
 }  // namespace tamis

@@ -71,6 +71,9 @@ struct FloatOuter {
   static Unit pack(const T* elements) { return to_float(elements[0]); }
   static Lanes broadcast(const Unit* unit) { return Isa::set(*unit); }
   static Lanes load(const Unit* units) { return Isa::load(units); }
+  // A vector of a row's units, and what multiply_add takes of it.
+  static typename Isa::Vec units(const T* elements) { return Isa::load(elements); }
+  static Lanes lanes_of(typename Isa::Vec units) { return units; }
   static typename Isa::Vec multiply_add(typename Isa::Vec sum, Lanes left, Lanes right) {
     return Isa::fma(left, right, sum);
   }

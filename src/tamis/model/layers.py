@@ -47,6 +47,20 @@ def tensors_checked(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def arguments_noted(layers: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]]:
+    """Within the context, what each of `layers` is called with by name is noted in the list."""
+    noted: list[dict[str, Any]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        noted.append(kwargs)
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+        yield noted
+
+
+@contextmanager
 def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Within the context, each of `layers` returns its input and computes nothing."""
 

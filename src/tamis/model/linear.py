@@ -15,7 +15,8 @@ from torch import nn
 
 from tamis.platform import NATIVE_DTYPES, cpu_features, native_for, native_module
 
-_SERVED = (torch.float16, torch.bfloat16)
+SERVED = (torch.float16, torch.bfloat16)
+"""Dtypes that the kernels run; fp32 keeps torch, whose bits greedy decoding promises."""
 
 MAX_ROWS = 256
 """Up to so many rows the kernel is no slower than torch for about any matrix where bf16 is
@@ -96,7 +97,7 @@ def max_rows(dtype: torch.dtype) -> int:
 def _served(module: nn.Linear) -> bool:
     """Whether the kernel exists here and can read this layer's weight."""
     weight = module.weight
-    readable = weight.is_cpu and weight.dtype in _SERVED and weight.is_contiguous()
+    readable = weight.is_cpu and weight.dtype in SERVED and weight.is_contiguous()
     return readable and native_for(None, weight) is not None
 
 
@@ -116,7 +117,7 @@ def _alike(x: torch.Tensor, weight: torch.Tensor) -> bool:
         0 < x.numel() <= max_rows(x.dtype) * width
         and x.shape[-1] == width
         and x.dtype == weight.dtype
-        and x.dtype in _SERVED
+        and x.dtype in SERVED
         and x.is_cpu
         and weight.is_cpu
     )

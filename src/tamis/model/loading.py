@@ -23,9 +23,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from tamis.errors import ConfigError, ModelError
+from tamis.model.few_rows import few_rows
 from tamis.model.interface import NAME, register
 from tamis.model.linear import small_batches
 from tamis.model.model import Model
+from tamis.model.norm import quick_norms
 from tamis.model.support import check_supported
 from tamis.platform import parse_dtype
 from tamis.shipped import locate
@@ -69,7 +71,10 @@ def load_model(
         tokenizer = _load_tokenizer(directory, trust_remote_code)
         hf = _load_weights(directory, config, torch_dtype, trust_remote_code).to(device)
         small_batches(hf)
-        return Model(hf, tokenizer, name, directory)
+        quick_norms(hf)
+        model = Model(hf, tokenizer, name, directory)
+        few_rows(model)
+        return model
 
 
 def parse_device(device: str | torch.device) -> torch.device:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tamis.errors import UnsupportedModelError
 from tamis.model.effect import Measure, measured
 from tamis.model.interface import Attend, NotHandedDownError, PassThroughCache, handed_down
-from tamis.model.layers import decoder_layers, tensors_checked
+from tamis.model.layers import arguments_noted, decoder_layers, tensors_checked
 from tamis.model.probe import PROBE_TOKENS, LayerSpec, Probe, check_layers
 from tamis.model.rope import dynamic_modules, lengths_honoured, rotary_modules, switch_length
 from tamis.model.rows import RowRanges, passing
@@ -154,6 +154,18 @@ class Model:
             raise UnsupportedModelError(
                 f"{self._subject} cannot run layer by layer: {error}."
             ) from error
+
+    def layer_arguments(self) -> list[dict[str, Any]]:
+        """What each of `decoder_layers` is called with by name, for a few tokens far apart.
+
+        Raises:
+            UnsupportedModelError: as for `decoder_layers`.
+        """
+        last = min(self.max_length, REACH) - 1
+        at = torch.arange(PROBE_TOKENS, device=self.device) * (last // PROBE_TOKENS)
+        with arguments_noted(self.decoder_layers) as noted:
+            self._run_probe(at)
+        return noted
 
     @overload
     def forward(

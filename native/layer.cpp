@@ -1,0 +1,147 @@
+// One team of threads runs all of a call and waits between the stages: starting a team for each of
+// a layer's matrices costs as much as reading a small one.
+
+#include "layer.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace tamis {
+namespace {
+
+using Bytes = std::unique_ptr<uint8_t[]>;
+
+// One thread's view of a team that shares the rows and outputs of every stage.
+struct Member {
+  const Kernels& kernels;
+  DType dtype;
+  int64_t rows;
+  int index, count;
+  float* scratch;
+
+  int kind() const { return static_cast<int>(dtype); }
+  int64_t size() const { return size_of(dtype); }
+
+  // Calls each(begin, end) for this thread's share of `n` things, in units of `unit`.
+  template <class Each>
+  void share(int64_t n, int64_t unit, Each each) const {
+    const int64_t units = (n + unit - 1) / unit;
+    const int64_t begin = units * index / count * unit;
+    const int64_t end = std::min(n, units * (index + 1) / count * unit);
+    if (begin < end) each(begin, end);
+  }
+
+  // This thread's outputs of y [rows, matrix.out] = x matrix, x [rows, in].
+  void multiply(const Matrix& matrix, const void* x, int64_t in, void* y) const {
+    const LinearArgs args{dtype, rows, in, matrix.out, x, in, matrix.weight, matrix.bias, y};
+    share(matrix.out, kOutputs, [&](int64_t begin, int64_t end) {
+      kernels.linear_range[kind()](args, begin, end, scratch);
+    });
+  }
+
+  // This thread's rows of y = norm(x).
+  void normalize(const RmsNorm& norm, const void* x, int64_t width, void* y) const {
+    share(rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * width * size();
+        kernels.rms_norm_row[kind()](norm, static_cast<const uint8_t*>(x) + at, width,
+                                     static_cast<uint8_t*>(y) + at);
+      }
+    });
+  }
+
+  // Calls each(row of x, row of y, width) for this thread's outputs of every row: those that
+  // `multiply` has it compute for a matrix of `width` outputs.
+  template <class Each>
+  void own(const void* x, void* y, int64_t width, Each each) const {
+    share(width, kOutputs, [&](int64_t begin, int64_t end) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = (row * width + begin) * size();
+        each(static_cast<const uint8_t*>(x) + at, static_cast<uint8_t*>(y) + at, end - begin);
+      }
+    });
+  }
+};
+
+// Run `work(member)` on a team; `depth` is the longest row that meets a matrix.
+template <class Work>
+void in_team(DType dtype, int64_t rows, int64_t depth, Isa isa, int threads, Work work) {
+  const Kernels table = kernels(isa);
+  const int64_t scratch_size = linear_scratch_floats(rows, depth);
+  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+#pragma omp parallel num_threads(threads)
+  {
+    const int index = thread_index();
+    work(Member{table, dtype, rows, index, team_size(), scratch.get() + index * scratch_size});
+  }
+}
+
+// Norm and rotate the heads of one row of queries or keys.
+void place(const Member& member, const RmsNorm& norm, const Matrix& matrix, const LayerInputs& a,
+           int64_t row, void* out) {
+  const int64_t size = member.size(), head_bytes = a.k_dim * size;
+  const int64_t at = row * a.rotated * size;
+  RmsNormRow* const normalize = member.kernels.rms_norm_row[member.kind()];
+  RotateRow* const rotate = member.kernels.rotate_row[member.kind()];
+  uint8_t* head = static_cast<uint8_t*>(out) + row * matrix.out * size;
+  for (int64_t i = 0; i < matrix.out; i += a.k_dim, head += head_bytes) {
+    if (norm.weight != nullptr) normalize(norm, head, a.k_dim, head);
+    rotate(head, static_cast<const uint8_t*>(a.cos) + at, static_cast<const uint8_t*>(a.sin) + at,
+           a.rotated);
+  }
+}
+
+}  // namespace
+
+void layer_inputs(const LayerInputs& a, Isa isa, int threads) {
+  const Bytes normed(new uint8_t[a.rows * a.width * size_of(a.dtype)]);
+  in_team(a.dtype, a.rows, a.width, isa, threads, [&](const Member& member) {
+    member.normalize(a.norm, a.x, a.width, normed.get());
+    wait_for_team();
+    member.multiply(a.q, normed.get(), a.width, a.q_out);
+    member.multiply(a.k, normed.get(), a.width, a.k_out);
+    member.multiply(a.v, normed.get(), a.width, a.v_out);
+    wait_for_team();
+    member.share(a.rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        place(member, a.q_norm, a.q, a, row, a.q_out);
+        place(member, a.k_norm, a.k, a, row, a.k_out);
+      }
+    });
+  });
+}
+
+void layer_outputs(const LayerOutputs& a, Isa isa, int threads) {
+  const int64_t size = size_of(a.dtype);
+  const Bytes sum(new uint8_t[a.rows * a.width * size]);  // what attention leaves
+  const Bytes normed(new uint8_t[a.rows * a.width * size]);
+  const Bytes gate(new uint8_t[a.rows * a.gate.out * size]);
+  const Bytes up(new uint8_t[a.rows * a.up.out * size]);
+  const int64_t depth = std::max({a.attended_width, a.width, a.gate.out});
+  in_team(a.dtype, a.rows, depth, isa, threads, [&](const Member& member) {
+    const int kind = member.kind();
+    member.multiply(a.output, a.attended, a.attended_width, sum.get());
+    member.own(a.x, sum.get(), a.width, member.kernels.add_row[kind]);
+    wait_for_team();
+    member.normalize(a.norm, sum.get(), a.width, normed.get());
+    wait_for_team();
+    member.multiply(a.gate, normed.get(), a.width, gate.get());
+    member.multiply(a.up, normed.get(), a.width, up.get());
+    member.own(up.get(), gate.get(), a.gate.out, [&](const void* x, void* y, int64_t width) {
+      member.kernels.gate_row[kind](y, x, width);
+    });
+    wait_for_team();
+    member.multiply(a.down, gate.get(), a.gate.out, a.y);
+    member.own(sum.get(), a.y, a.width, member.kernels.add_row[kind]);
+  });
+}
+
+void rms_norm(const RmsNormArgs& a, Isa isa) {
+  const Kernels table = kernels(isa);
+  Member{table, a.dtype, a.rows, 0, 1, nullptr}.normalize(a.norm, a.x, a.width, a.y);
+}
+
+}  // namespace tamis
