@@ -140,8 +140,9 @@ def test_values_change_while_a_request_runs(serve: Serve, fresh: Browser) -> Non
                 assert tile(fresh, "kv") != "0 B"
                 formats = "[...document.querySelectorAll('#formats span')].map((s) => s.innerText)"
                 exact, encoded = sorted(fresh.evaluate(formats), reverse=True)
-                assert exact == "exact, float32"
-                assert encoded.startswith("encoded: k_codes, ")
+                per_token = 2 * 4 * server.llm.model.layers[0].k_dim + 4  # and its position
+                assert exact == f"exact, float32, {per_token} B per token"
+                assert re.fullmatch(r"encoded, [\d.]+ B per token", encoded)
                 slow_down(server, 0)
                 list(lines)
         fresh.until("document.querySelectorAll('#ended tr').length === 1")

@@ -34,12 +34,12 @@ function say(status, className = "") {
 
 const colours = new Map();
 
-/** "64(k:float32x16,v:float32x16,position:int32x1)" in short: exact pages by their type, encoded ones by their fields. */
-function inShort(format) {
+/** "64(k:float32x16,v:float32x16,position:int32x1)" in short: exact pages by their type, and what a token takes. */
+function inShort({format, bytes, pages}) {
+  const size = `${+(bytes / pages / parseInt(format)).toPrecision(3)} B per token`;
   const fields = format.replace(/^\d+\(|\)$/g, "").split(",").map((field) => field.split(":"));
   const exact = fields.find(([name]) => name === "k");
-  const others = fields.map(([name]) => name).filter((name) => !["k", "v", "position"].includes(name)).join(", ");
-  return exact ? `exact, ${exact[1].replace(/x\d+$/, "")}${others && ` with ${others}`}` : `encoded: ${others}`;
+  return exact ? `exact, ${exact[1].replace(/x\d+$/, "")}, ${size}` : `encoded, ${size}`;
 }
 
 function colour(page) {
@@ -48,7 +48,7 @@ function colour(page) {
     colours.set(name, `c${colours.size % COLOURS}`);
     const item = element($("formats"), "span");
     element(item, "i", "", colours.get(name));
-    item.append(page.tier === "host" ? name : inShort(page.format));
+    item.append(page.tier === "host" ? name : inShort(page));
     item.title = page.format;
   }
   return colours.get(name);
@@ -109,21 +109,21 @@ function showTiles({engine, latencies, open_requests, about}, device) {
   text("kv", binary(device.in_use));
   text("kv-note", `${percent(device.in_use / device.capacity)} of ${binary(device.capacity)}`);
   text("running", `${count(queue.running)} running`);
-  const swapped = queue.swapped ? `, ${count(queue.swapped)} swapped` : "";
-  text("queue-note", `${count(queue.waiting)} waiting${swapped}; ${count(open_requests)} open of ${count(about.max_requests)} at the most; ${count(engine.totals.preemptions)} preemptions so far`);
+  const swapped = queue.swapped ? ` · ${count(queue.swapped)} swapped` : "";
+  text("queue-note", `${count(queue.waiting)} waiting${swapped} · ${count(open_requests)} of ${count(about.max_requests)} open · ${count(engine.totals.preemptions)} preempted`);
   const now = rates(past.length - 1);
   text("rate", count(Math.round(now.decode)));
-  text("rate-note", `generated; ${count(Math.round(now.prefill))} of prompts`);
+  text("rate-note", `generated · ${count(Math.round(now.prefill))} of prompts`);
   for (const [id, of] of [["ttft", latencies.ttft], ["tpot", latencies.tpot]]) {
     text(id, seconds(of.p50));
-    text(`${id}-note`, of.p50 === null ? "no request has ended yet" : `median of the last ${count(latencies.requests)}; ${seconds(of.p95)} at the 95th percentile`);
+    text(`${id}-note`, of.p50 === null ? "no request has ended yet" : `median of the last ${count(latencies.requests)} · 95 % within ${seconds(of.p95)}`);
   }
   if (!prefixes.enabled) {
     text("prefix", "off");
     text("prefix-note", "the prefix cache is switched off");
   } else {
-    text("prefix", percent(prefixes.hit_tokens / Math.max(1, prefixes.looked_up_tokens)));
-    text("prefix-note", `${count(prefixes.hits)} of ${count(prefixes.lookups)} sequences found some; ${binary(prefixes.bytes)} kept`);
+    text("prefix", prefixes.looked_up_tokens ? percent(prefixes.hit_tokens / prefixes.looked_up_tokens) : "–");
+    text("prefix-note", `${count(prefixes.hits)} of ${count(prefixes.lookups)} sequences found some · ${binary(prefixes.bytes)} kept`);
   }
 }
 
@@ -176,10 +176,10 @@ function showRequests(requests, queue) {
     const state = element(row, "td", r.state);
     if (r.priority) element(state, "small", `priority ${r.priority}`);
     if (r.preemptions) element(state, "small", `${r.preemptions} preemptions`);
-    const prompt = element(row, "td", `${count(r.prompt_done)} of ${count(r.prompt_tokens)}`);
+    const prompt = element(row, "td", `${count(r.prompt_done)} of ${count(r.prompt_tokens)}`, "n");
     if (r.cached_tokens) element(prompt, "small", `${count(r.cached_tokens)} found`);
-    element(row, "td", count(r.output_tokens));
-    const pages = element(row, "td", count(r.pages.reduce((sum, page) => sum + page.pages, 0)));
+    element(row, "td", count(r.output_tokens), "n");
+    const pages = element(row, "td", count(r.pages.reduce((sum, page) => sum + page.pages, 0)), "n");
     element(pages, "small", binary(r.kv_bytes));
     saved(element(row, "td"), r.kv_bytes, r.kv_bytes_dense, r.pages);
   }
@@ -194,8 +194,8 @@ function showEnded(ended) {
     const row = element(body, "tr");
     element(element(row, "td", e.id), "small", e.finish_reason);
     element(row, "td", e.plan, "plan");
-    for (const value of [count(e.prompt_tokens), count(e.cached_tokens), count(e.output_tokens), seconds(e.ttft_s), seconds(e.tpot_s)]) element(row, "td", value);
-    element(element(row, "td", binary(e.kv_bytes)), "small", `${binary(e.kv_bytes_peak)} peak`);
+    for (const value of [count(e.prompt_tokens), count(e.cached_tokens), count(e.output_tokens), seconds(e.ttft_s), seconds(e.tpot_s)]) element(row, "td", value, "n");
+    element(element(row, "td", binary(e.kv_bytes), "n"), "small", `${binary(e.kv_bytes_peak)} peak`);
     saved(element(row, "td"), e.kv_bytes, e.kv_bytes_dense);
   }
 }
@@ -269,7 +269,7 @@ async function answer(side, signal) {
   let first = null, usage = null;
   const elapsed = () => (performance.now() - began) / 1000;
   const tell = () => {
-    const parts = [first === null ? `${elapsed().toFixed(1)} s` : `first token ${seconds(first)}`];
+    const parts = [first === null ? seconds(elapsed()) : `first token ${seconds(first)}`];
     if (usage) {
       parts.push(usage.completion_tokens === 1 ? "1 token" : `${count(usage.completion_tokens)} tokens`);
       if (usage.completion_tokens > 1) parts.push(`${seconds((elapsed() - first) / (usage.completion_tokens - 1))} per token`);
