@@ -206,7 +206,7 @@ class LLM:
         params: SamplingParams | Seq[SamplingParams] | None = None,
         plan: str | Plan | Seq[str | Plan] | None = None,
         *,
-        context: str | None = None,
+        context: str | Seq[str] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Run prompts as one batch to their ends.
@@ -215,7 +215,9 @@ class LLM:
             prompts: one text, one list of token ids, or a list of either.
             params: for all prompts, or one per prompt.
             plan: for all prompts, or one per prompt; None is the `LLM`'s own, or the context's.
-            context: the id of a context (`add_context`) that all prompts go on from.
+            context: the id of a context (`add_context`) that all prompts go on from, or the ids of
+                several that come before each prompt one after the other, under a plan that says
+                how.
             progress: whether to show a progress bar on standard error; None shows one on a
                 terminal.
 
@@ -229,8 +231,8 @@ class LLM:
         """
         batch = _as_prompts(prompts)
         all_params = _per_prompt(params or SamplingParams(), SamplingParams, len(batch), "params")
-        own = self.plan if context is None else self.engine.contexts.find(context).plan
-        plans = _per_prompt(own if plan is None else plan, (str, Plan, Method), len(batch), "plans")
+        own = self._plan_after(context) if plan is None else plan
+        plans = _per_prompt(own, (str, Plan, Method), len(batch), "plans")
         ids: list[str] = []
         try:
             for prompt, one, its_plan in zip(batch, all_params, plans, strict=True):
@@ -243,7 +245,12 @@ class LLM:
                 self._drop(request_id)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, plan: str | Plan | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        plan: str | Plan | None = None,
+        *,
+        context: str | Seq[str] | None = None,
     ) -> Iterator[Increment]:
         """Run one prompt and yield what each step adds; closing the iterator frees its pages.
 
@@ -252,8 +259,8 @@ class LLM:
         Raises:
             As `generate`, when the first increment is asked for.
         """
-        its_plan = self.plan if plan is None else Plan.parse(plan)
-        request_id = self._add(prompt, params or SamplingParams(), its_plan)
+        its_plan = Plan.parse(self._plan_after(context) if plan is None else plan)
+        request_id = self._add(prompt, params or SamplingParams(), its_plan, context=context)
         try:
             finished = False
             while not finished:
@@ -331,13 +338,18 @@ class LLM:
             raise RequestError(f"the request failed: {output.error}")
         return assemble(self.model, self.engine.layout.page_size, its_plan, trace, output)
 
+    def _plan_after(self, context: str | Seq[str] | None) -> Plan:
+        """The plan of requests that bring none: a single context's, else the `LLM`'s own."""
+        names = [context] if isinstance(context, str) else list(context or ())
+        return self.engine.contexts.find(names[0]).plan if len(names) == 1 else self.plan
+
     def _add(
         self,
         prompt: Prompt,
         params: SamplingParams,
         plan: Plan,
         trace: Trace | None = None,
-        context: str | None = None,
+        context: str | Seq[str] | None = None,
     ) -> str:
         tokens = self.encode(prompt, begins=not context) if isinstance(prompt, str) else prompt
         request_id = self.engine.add_request(tokens, params, plan, trace=trace, context=context)

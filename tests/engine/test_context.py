@@ -212,3 +212,15 @@ def _run(llm: LLM) -> list[Any]:
     while not llm.engine.idle:
         increments += llm.engine.step()
     return increments
+
+
+def test_several_contexts_are_refused_by_a_plan_that_does_not_join_them(llama: Model) -> None:
+    llm = make(llama)
+    contexts = [llm.add_context(words(20, seed)) for seed in range(2)]
+    with pytest.raises(RequestError, match="names 2 contexts, and the plan dense goes on from one"):
+        llm.generate([words(5)], TEN, context=contexts)
+    [one] = llm.generate([words(5)], TEN, context=contexts[:1])
+    [same] = llm.generate([words(5)], TEN, context=contexts[0])
+    streamed = list(llm.stream(words(5), TEN, context=contexts[0]))[-1].output
+    assert streamed is not None
+    assert one.token_ids == same.token_ids == streamed.token_ids

@@ -170,7 +170,7 @@ class Engine:
         *,
         priority: int = 0,
         user: str = "",
-        context: str | None = None,
+        context: str | Seq[str] | None = None,
     ) -> str:
         """Take a request in; its work begins with the next `step()`.
 
@@ -181,7 +181,9 @@ class Engine:
             request_id: a name of the caller's; by default a number.
             trace: where to record what the plan does.
             priority, user: what the engine's order may go by.
-            context: the id of a context that the prompt goes on from.
+            context: the id of a context that the prompt goes on from; or the ids of several that
+                come before it one after the other, under a plan that says how (a method of the
+                stage `reuse`).
 
         Returns:
             The request's id.
@@ -189,15 +191,22 @@ class Engine:
         Raises:
             RequestError: empty or too long prompt, token ids out of the vocabulary, stop strings
                 without a tokenizer, `n` larger than `max_running`, an id already in use, an unknown
-                context, or one of another plan.
+                context, one of another plan, or several under a plan that does not join them.
             KVMemoryError: the cache could not hold this request even alone.
             PlanError: the plan does not fit this model.
         """
-        before = None if context is None else self.contexts.find(context)
+        names = [context] if isinstance(context, str) else list(context or ())
+        contexts = [self.contexts.find(name) for name in names]
+        if len(contexts) > 1:
+            raise RequestError(
+                f"the request names {len(contexts)} contexts, and the plan {plan or Plan()} goes "
+                "on from one"
+            )
+        before = contexts[0] if contexts else None
         if before is not None:
             if plan is not None and plan != before.plan:
                 raise RequestError(
-                    f"the context {context!r} lives by the plan {before.plan}, so its requests "
+                    f"the context {before.id!r} lives by the plan {before.plan}, so its requests "
                     f"cannot live by {plan}; leave their plan out"
                 )
             if params.prompt_logprobs is not None or trace is not None:
