@@ -384,3 +384,45 @@ def test_without_max_tokens_an_output_ends_where_the_memory_does(llm: LLM) -> No
     assert 100 <= len(output.token_ids) < 400
     with pytest.raises(KVMemoryError):
         tight.generate("x" * 400, SamplingParams(max_tokens=None))
+
+
+def test_contexts_serve_concurrent_callers(llm: LLM) -> None:
+    document, questions = "a document of some length", [" who?", " where?"]
+    joined = [llm.encode(document) + llm.encode(q, begins=False) for q in questions]
+    expected = [output.text for output in llm.generate(joined, SamplingParams(max_tokens=12))]
+
+    async def main() -> list[str]:
+        async with AsyncLLM(llm.model, kv_memory="16MiB") as served:
+            name = await served.add_context(document, context_id="book")
+
+            async def ask(question: str) -> str:
+                params = SamplingParams(max_tokens=12)
+                return "".join(
+                    [i.text async for i in served.generate(question, params, context=name)]
+                )
+
+            answers = await asyncio.gather(*map(ask, questions))
+            await served.delete_context("book")
+            with pytest.raises(RequestError, match="no context"):
+                await served.delete_context("book")
+            assert served.engine.cache.bytes_in_use == 0
+            return answers
+
+    assert run(main()) == expected
+
+
+def test_a_context_that_nobody_waits_for_is_not_kept(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm.model, kv_memory="16MiB", max_batch_tokens=16) as served:
+            computing = asyncio.create_task(served.add_context(list(range(1, 200))))
+            while not served.engine.stats.prefill_tokens:
+                await asyncio.sleep(0)
+            computing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await computing
+            assert await served.read(lambda engine: engine.cache.bytes_in_use) == 0
+            assert await served.read(lambda engine: list(engine.contexts)) == []
+            with pytest.raises(RequestError, match="depends on the question"):
+                await served.add_context([1, 2, 3], "snapkv()")
+
+    run(main())

@@ -430,9 +430,9 @@ class AsyncLLM:
         """As `LLM.has_chat_template`."""
         return self._llm.has_chat_template
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """As `LLM.encode`."""
-        return self._llm.encode(text)
+        return self._llm.encode(text, begins=begins)
 
     def encode_chat(self, messages: Seq[Mapping[str, str]]) -> list[int]:
         """As `LLM.encode_chat`."""
@@ -454,6 +454,7 @@ class AsyncLLM:
         plan: str | Plan | None = None,
         request_ids: Seq[str] | None = None,
         *,
+        context: str | Seq[str] | None = None,
         priority: int = 0,
         user: str = "",
         max_wait_s: float | None = None,
@@ -465,8 +466,9 @@ class AsyncLLM:
         Args:
             prompts: one request each.
             params: of all of them.
-            plan: of all of them; None is the `LLM`'s own.
+            plan: of all of them; None is the `LLM`'s own, or the context's.
             request_ids: names, one per prompt; by default numbers.
+            context: as `LLM.generate`.
             priority, user: what the engine's order may go by.
             max_wait_s: how long their first tokens may be expected to take.
 
@@ -474,37 +476,90 @@ class AsyncLLM:
             As `LLM.generate`; EngineError after `close()`; OverloadError where they would take
             longer than `max_wait_s`.
         """
-        loop = asyncio.get_running_loop()
-        tokens = [
-            await asyncio.to_thread(self.encode, prompt) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
-        its_plan = self._llm.plan if plan is None else Plan.parse(plan)
+        tokens = [await self._tokens(prompt, begins=not context) for prompt in prompts]
+        asked = None if plan is None else Plan.parse(plan)
         its_params = params or SamplingParams()
         if request_ids is None:
             request_ids = [f"async-{next(self._names)}" for _ in prompts]
-        stream = RequestStream(loop, request_ids, self._max_pending * its_params.n)
 
-        def add() -> None:
-            engine = self._llm.engine
-            try:
-                for name, ids in zip(stream.request_ids, tokens, strict=True):
-                    engine.add_request(
-                        ids, its_params, its_plan, name, priority=priority, user=user
-                    )
-                    self._streams[name] = stream
-                if max_wait_s is not None:
-                    _check_wait(engine, stream.request_ids, max_wait_s)
-            except BaseException:
-                self._leave(stream)
-                raise
+        def add(engine: Engine) -> Iterator[str]:
+            its_plan = asked or self._llm._plan_after(context)
+            for name, ids in zip(request_ids, tokens, strict=True):
+                yield engine.add_request(
+                    ids, its_params, its_plan, name, priority=priority, user=user, context=context
+                )
 
+        return await self._take_in(request_ids, add, max_wait_s, its_params.n)
+
+    async def submit_context(
+        self,
+        document: Prompt,
+        plan: str | Plan | None = None,
+        context_id: str | None = None,
+        *,
+        priority: int = 0,
+        user: str = "",
+        max_wait_s: float | None = None,
+    ) -> RequestStream:
+        """Have a document taken in, to be computed and kept as a context.
+
+        The stream brings one increment: its request id is the context's, which requests may name
+        from then on. The caller reads it, or calls `leave`, which ends the computation, and
+        `delete_context`, in case that it had ended by then.
+
+        Args:
+            document: a text or a list of token ids.
+            plan: of the document and of what goes on from it; None is the `LLM`'s own.
+            context_id: a name; by default a number.
+            priority, user, max_wait_s: as of `submit`.
+
+        Raises:
+            As `LLM.add_context` where it refuses; EngineError and OverloadError as `submit`.
+        """
+        tokens = await self._tokens(document)
+        its_plan = self._llm.plan if plan is None else Plan.parse(plan)
+        name = f"context-{next(self._names)}" if context_id is None else context_id
+
+        def add(engine: Engine) -> Iterator[str]:
+            yield engine.add_context(tokens, its_plan, name, priority=priority, user=user)
+
+        return await self._take_in([name], add, max_wait_s)
+
+    async def add_context(
+        self, document: Prompt, plan: str | Plan | None = None, context_id: str | None = None
+    ) -> str:
+        """Compute a document once, for requests that name its id as their `context`.
+
+        Cancelling the task that waits for it frees its pages before the next step.
+
+        Args:
+            As `submit_context`.
+
+        Returns:
+            Its id. Its pages are kept until `delete_context`.
+
+        Raises:
+            As `LLM.add_context`; EngineError after `close()`.
+        """
+        stream = await self.submit_context(document, plan, context_id)
+        [name] = stream.request_ids
         try:
-            await asyncio.wrap_future(self._submit(add))
-        except asyncio.CancelledError:
-            self.leave(stream)
+            async for increment in stream:
+                if increment.finish_reason != "stop":
+                    raise RequestError(f"the context failed: {increment.error or 'it was aborted'}")
+        except BaseException:
+            with contextlib.suppress(EngineError):
+                self._submit(lambda: self._forget(stream, stream.request_ids))
             raise
-        return stream
+        return name
+
+    async def delete_context(self, context_id: str) -> None:
+        """As `LLM.delete_context`.
+
+        Raises:
+            RequestError: there is none of this id. EngineError: after `close()`.
+        """
+        await asyncio.wrap_future(self._submit(lambda: self._llm.engine.delete_context(context_id)))
 
     def leave(self, stream: RequestStream) -> None:
         """End what is left of a stream's requests; their pages are free before the next step.
@@ -520,6 +575,8 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         plan: str | Plan | None = None,
         request_id: str | None = None,
+        *,
+        context: str | Seq[str] | None = None,
     ) -> AsyncIterator[Increment]:
         """Run one prompt; yields what each step adds, the whole output on the last increment.
 
@@ -531,7 +588,7 @@ class AsyncLLM:
             As `LLM.generate`; EngineError after `close()`.
         """
         names = None if request_id is None else [request_id]
-        stream = await self.submit([prompt], params, plan, names)
+        stream = await self.submit([prompt], params, plan, names, context=context)
         try:
             async for increment in stream:
                 yield increment
@@ -569,6 +626,44 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.close)
+
+    async def _tokens(self, prompt: Prompt, *, begins: bool = True) -> Seq[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        return await asyncio.to_thread(self.encode, prompt, begins=begins)
+
+    async def _take_in(
+        self,
+        names: Seq[str],
+        add: Callable[[Engine], Iterable[str]],
+        max_wait_s: float | None,
+        n_completions: int = 1,
+    ) -> RequestStream:
+        """Have the engine's thread `add` what it then names, all of it or nothing."""
+        loop = asyncio.get_running_loop()
+        stream = RequestStream(loop, names, self._max_pending * n_completions)
+
+        taken: list[str] = []
+
+        def take_in() -> None:
+            engine = self._llm.engine
+            try:
+                for name in add(engine):
+                    taken.append(name)
+                    self._streams[name] = stream
+                if max_wait_s is not None:
+                    _check_wait(engine, stream.request_ids, max_wait_s)
+            except BaseException:
+                self._leave(stream)
+                raise
+
+        try:
+            await asyncio.wrap_future(self._submit(take_in))
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineError):
+                self._submit(lambda: self._forget(stream, taken))
+            raise
+        return stream
 
     def _submit(self, action: Callable[[], None]) -> Future[None]:
         """Have the engine's thread run `action` between two steps."""
@@ -633,6 +728,13 @@ class AsyncLLM:
         for request_id in stream.request_ids:
             if self._streams.get(request_id) is stream:  # not somebody else's request of that name
                 self._abort(request_id)
+
+    def _forget(self, stream: RequestStream, names: Iterable[str]) -> None:
+        """Leave a stream, and delete the contexts of those names where they are computed."""
+        self._leave(stream)
+        for name in names:
+            if name in self._llm.engine.contexts:
+                self._llm.engine.delete_context(name)
 
     def _deliver(self, increments: Iterable[Increment]) -> None:
         """Hand increments to their streams, and wake each reader's loop once."""
