@@ -98,7 +98,7 @@ def page(kinds: Mapping[str, type[Method]], results: Results, notes: str = "") -
         notes.strip(),
     ]
     for stage, names in groupby(kinds, lambda name: kinds[name].stage):
-        parts += _stage(stage, [(kinds[name], settings[name]) for name in names], results)
+        parts += _stage(stage, [(kinds[name], settings.get(name)) for name in names], results)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -181,13 +181,14 @@ def _overview(
     """A row per method, at the longest prompts."""
     rows = [[DENSE, "", "", "", *measures(DENSE, (DENSE,), results)]]
     for name, kind in kinds.items():
-        setting = settings[name]
+        setting = settings.get(name)
         facts = describe(kind)
         given = ", ".join(f"{one['name']}={one['default']!r}" for one in facts["parameters"])
         link = f"[{kind.__name__}](#{kind.stage})"
         parameters = f"`{given}`" if given else ""
         row = [link, kind.stage, _paper(kind.paper), parameters]
-        rows.append([*row, *measures(setting.timed[0], setting.judged, results)])
+        plans = ("", ()) if setting is None else (setting.timed[0], setting.judged)
+        rows.append([*row, *measures(*plans, results)])
     title = "## All of them"
     if results.lengths and results.judged_lengths:
         title += (
@@ -201,7 +202,7 @@ def measures(timed: str, judged: Sequence[str], results: Results) -> list[str]:
     """What `MEASURES` says of a plan that was timed and those that were judged."""
     timing = results.timing(timed)
     return [
-        " / ".join(percent(results.score(plan)) for plan in judged),
+        " / ".join(percent(results.score(plan)) for plan in judged) or NOTHING,
         ratio(timing["kv_bytes"] / timing["kv_bytes_dense"]) if timing else NOTHING,
         ratio(timing["ttft_ratio"]["median"]) if timing else NOTHING,
         ratio(timing["tpot_ratio"]["median"]) if timing else NOTHING,
@@ -228,15 +229,18 @@ def _goals(results: Results) -> Iterator[str]:
 
 
 def _stage(
-    stage: str, found: Sequence[tuple[type[Method], Setting]], results: Results
+    stage: str, found: Sequence[tuple[type[Method], Setting | None]], results: Results
 ) -> Iterator[str]:
     """The methods of a stage, each in a sentence, and all that was measured of them."""
     base = next(cls for cls in reversed(found[0][0].__mro__) if "stage" in vars(cls))
     yield f"## {stage}"
     yield first_sentence(base)
     yield "\n".join(f"- **{kind.__name__}**: {first_sentence(kind)}" for kind, _ in found)
-    timed = [plan for _, setting in found for plan in setting.timed]
-    judged = [plan for _, setting in found for plan in setting.judged]
+    settings = [setting for _, setting in found if setting is not None]
+    if not settings:
+        return
+    timed = [plan for setting in settings for plan in setting.timed]
+    judged = [plan for setting in settings for plan in setting.judged]
     times = _times([DENSE, *timed], results)
     if times:
         yield _table(["plan", "prompt", *_TIMES], times)

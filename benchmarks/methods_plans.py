@@ -53,6 +53,8 @@ def _fixed(method: str, plan: str = "", *timed: str) -> Setting:
     return Setting(method, timed or (plan,), (plan,))
 
 
+# Methods of the stage `reuse` act on contexts, and these prompts have none; see reuse.py.
+#
 # Random weights attend to everything alike, so that what adapts to the attention would compute or
 # keep all of it. There the prefill methods have sizes that leave most out, and their defaults
 # beside them. RazorAttention's buffer of 4,000 tokens would hold most of the judged prompts; a

@@ -29,6 +29,7 @@ from tamis.methods.base import (
     Method,
     Place,
     Prefill,
+    Reuse,
     Select,
     Share,
     Tokens,
@@ -131,6 +132,15 @@ class Plan:
     def evict(self) -> Evict | None:
         """The eviction: the plan's own, else the one that its merging or pruning method brings."""
         return _eviction(self.methods)
+
+    @cached_property
+    def reuse(self) -> Reuse | None:
+        return self._of(Reuse)
+
+    @property
+    def without_reuse(self) -> Plan:
+        """This plan for a prompt in which nothing is reused."""
+        return Plan(tuple(method for method in self.methods if method is not self.reuse))
 
     @cached_property
     def prefill(self) -> Prefill | None:
@@ -307,6 +317,13 @@ def _goes_on(a: Method, b: Method, evict: Evict | None) -> bool:
     return evict is not None and brought == evict and evict.interval is not None
 
 
+def _gathers(method: Method | None) -> bool:
+    """Whether a method needs more of the prompt's tokens than their keys, values and last
+    queries."""
+    needs = Needs() if method is None else method.needs()
+    return needs.attention or needs.similarity or needs.mean_value
+
+
 class _Rule(NamedTuple):
     """Methods of one stage that do not compose with methods of some others.
 
@@ -323,6 +340,26 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
+    _Rule(
+        "reuse",
+        ("tokens", "place"),
+        _always,
+        "{a} lays a prompt's first tokens out in the pages before it runs, and {b} decides itself "
+        "which of them are computed and where they lie",
+    ),
+    _Rule(
+        "reuse",
+        ("evict", "merge", "budget", "select"),
+        lambda a, b, evict: _gathers(b) or (isinstance(b, Merge) and _gathers(evict)),
+        "{b} gathers statistics from every token of the prompt as it runs, and those that {a} "
+        "reuses do not run",
+    ),
+    _Rule(
+        "reuse",
+        ("evict", "heads"),
+        lambda a, b, evict: getattr(b, "per_chunk", False) or getattr(b, "during_prefill", False),
+        "{b} acts on the prompt while it is computed, and what {a} reuses of it is there before",
+    ),
     _Rule(
         "share",
         ("tokens", "evict", "budget", "merge", "heads", "codec", "select", "place"),

@@ -80,7 +80,9 @@ def an_answer(plan: str, score: float | None, **others) -> Answer:
 
 
 def test_every_method_has_one_setting_in_the_order_of_the_stages():
-    assert [setting.method for setting in SETTINGS] == list(methods_page.own_methods())
+    kinds = methods_page.own_methods().items()
+    measured = [name for name, kind in kinds if kind.stage != "reuse"]  # benchmarks/reuse.py does
+    assert [setting.method for setting in SETTINGS] == measured
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.method)

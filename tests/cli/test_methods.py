@@ -108,7 +108,7 @@ def test_ranges_are_said_in_words(tamis: Tamis) -> None:
 
 def test_unknown_names_are_refused(tamis: Tamis) -> None:
     assert "did you mean 'snapkv'?" in error_of(tamis("methods", "snapvk"))
-    assert "the stages are prefill, tokens" in error_of(tamis("methods", "--stage", "evicts"))
+    assert "the stages are reuse, prefill" in error_of(tamis("methods", "--stage", "evicts"))
     assert "give one of them" in error_of(tamis("methods", "kivi", "--stage", "codec"))
 
 

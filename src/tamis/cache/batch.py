@@ -36,6 +36,7 @@ class BatchView:
         sequences: Sequence[SequenceCache],
         new_tokens: Sequence[int],
         positions: torch.Tensor,
+        in_place: Sequence[bool] | None = None,
     ) -> None:
         """Gather the tables.
 
@@ -46,9 +47,13 @@ class BatchView:
                 that `append` is called for.
             positions: absolute positions of those tokens, int32 [sum of new_tokens], on the
                 cache's device.
+            in_place: which sequences hold the tokens already, each as the token whose index is its
+                position: they are written there, and add none. None is none of them.
         """
+        in_place = in_place or [False] * len(sequences)
+        added = [0 if there else n for n, there in zip(new_tokens, in_place, strict=True)]
         self._lacking: dict[int, tuple[int, int]] = {}  # layer: tokens added, tokens reserved
-        for sequence, n in zip(sequences, new_tokens, strict=True):
+        for sequence, n in zip(sequences, added, strict=True):
             if n > sequence.room:
                 rooms = enumerate(sequence.layer_room().tolist())
                 self._lacking |= {layer: (n, room) for layer, room in rooms if room < n}
@@ -60,7 +65,7 @@ class BatchView:
             tables[i, :, : sequence.width] = sequence.tables[:, : sequence.width]
             lengths[0, i] = sequence.lengths
         counts = np.array(new_tokens, dtype=np.int32)
-        np.add(lengths[0], counts[:, None], out=lengths[1])
+        np.add(lengths[0], np.array(added, dtype=np.int32)[:, None], out=lengths[1])
         starts = np.zeros(len(sequences) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         self._data = cache.arena.data
@@ -71,6 +76,8 @@ class BatchView:
         self._before, self._after = torch.from_numpy(lengths).to(device)
         self.starts = torch.from_numpy(starts).to(device)
         self.positions = positions
+        self._groups = _groups(in_place)
+        self._ends = starts.tolist()
 
     @property
     def device(self) -> torch.device:
@@ -91,16 +98,31 @@ class BatchView:
         if layer in self._lacking:
             n, room = self._lacking[layer]
             raise PageError(f"a batch adds {n} tokens to a sequence with {room} reserved")
+        for group, there in self._groups:
+            self._write(layer, k, v, group, there)
+
+    def _write(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, group: slice, there: bool
+    ) -> None:
+        """`append` for some consecutive sequences, or for one whose tokens are `there`."""
         rows = self.layout.rows(layer)
+        tables, lengths = self._tables[group, rows], self._before[group, rows]
+        own = slice(self._ends[group.start], self._ends[group.stop])
+        at = self.positions[own]
+        starts = self.starts[group.start : group.stop + 1] - own.start
+        if there:  # each token as a sequence of its own, of so many tokens as precede it
+            tables = tables.expand(len(at), -1, -1)
+            lengths = at[:, None].expand(-1, tables.shape[1])
+            starts = torch.arange(len(at) + 1, device=at.device)
         moves.append(
             self._data,
             self.layout.formats[self.layout.layer_formats[layer]],
-            self._tables[:, rows],
-            self._before[:, rows],
-            self.starts,
-            k,
-            v,
-            self.positions,
+            tables,
+            lengths,
+            starts,
+            k[own],
+            v[own],
+            at,
         )
 
     def pages(self, layer: int, start: int, stop: int, *, with_new: bool) -> PagedKV:
@@ -119,3 +141,15 @@ class BatchView:
             self._tables[start:stop, rows],
             lengths[start:stop, rows],
         )
+
+
+def _groups(in_place: Sequence[bool]) -> list[tuple[slice, bool]]:
+    """Consecutive sequences that are written at once: those that hold their tokens already one by
+    one, and runs of the others."""
+    groups: list[tuple[slice, bool]] = []
+    for i, there in enumerate(in_place):
+        if groups and not there and not groups[-1][1]:
+            groups[-1] = (slice(groups[-1][0].start, i + 1), False)
+        else:
+            groups.append((slice(i, i + 1), there))
+    return groups

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from tamis.cache import moves
 from tamis.cache.compaction import Compaction, plan_compaction, plan_retraction
 from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.live import LivePages
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tamis.cache.paged import PagedCache
 
 _NEVER = 1 << 62
+
+_PIECE = 4096
+"""Tokens of one layer that are copied from one sequence to another at once."""
 
 
 class OutOfSwap(Exception):  # noqa: N818 - an event for the scheduler, not a failure
@@ -286,6 +290,65 @@ class SequenceCache(LivePages):
             branch._may_share[:] = True
             branch._settle()
         return other
+
+    def append_from(
+        self,
+        other: SequenceCache,
+        turn: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Append a copy of all tokens of another sequence, behind the next position of this one.
+
+        Positions grow by `next_position`, and what windows have dropped of the other sequence is
+        not there. Side columns are zero.
+
+        Args:
+            other: a sequence of the same cache, the heads of each of whose layers hold the same
+                tokens, in live pages.
+            turn: called with a layer and keys [kv_heads, n, k_dim] of it; these keys as they are
+                at their new positions.
+
+        Raises:
+            OutOfPages: too few pages are free; nothing was appended.
+        """
+        self._require_resident()
+        layers = range(len(self.layout.layers))
+        counts = [int(other.lengths_of(layer)[0]) for layer in layers]
+        if len(set(counts)) == 1:
+            self.reserve(counts[0])
+        else:
+            for layer, n in zip(layers, counts, strict=True):
+                self.reserve(n, range(layer, layer + 1))
+        for layer, n in zip(layers, counts, strict=True):
+            for start in range(0, n, _PIECE):
+                self._append_piece(layer, other, start, min(start + _PIECE, n), turn)
+        self.next_position += other.next_position
+        self._settle()
+
+    def _append_piece(
+        self,
+        layer: int,
+        other: SequenceCache,
+        start: int,
+        stop: int,
+        turn: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Append the tokens start .. stop - 1 of a layer of another sequence."""
+        rows = self._rows_of(layer)
+        k, v = other.keys_values(layer, start, stop)
+        own = other._rows_of(layer).start
+        position = other.read_tokens(slice(own, own + 1), "position", start, stop)[0, :, 0]
+        pages, pool = self.paged(rows), self.pool(rows)
+        moves.append(
+            pages.data,
+            pool.format,
+            pages.tables,
+            pages.lengths,
+            torch.tensor([0, stop - start], device=k.device),
+            turn(layer, k).transpose(0, 1),
+            v.transpose(0, 1),
+            position + self.next_position,
+        )
+        self.lengths[rows] += np.int32(stop - start)
 
     def adopt(self, ids: IntArray, counts: IntArray, n_pages: int) -> None:
         """Begin, while empty, with full pages that somebody else holds too.

@@ -16,7 +16,7 @@ from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.attention.reference import gather, gather_kv
 from tamis.attention.reference import tiles as tile_spans
 from tamis.cache import BatchView, PagedKV
-from tamis.engine import encoded, inspection, stores
+from tamis.engine import blend, encoded, inspection, stores
 from tamis.engine.encoded import EncodedDecode, State
 from tamis.engine.lifecycle import Lifecycle
 from tamis.engine.patterns import streaming_pattern
@@ -102,7 +102,11 @@ class StepAttention:
         for i in range(n, len(self._spans)):
             start, end = self._spans[i]
             life, own = self._lives[i], slice(start, end)
-            if end - start == 1 and life is not None:
+            if life is not None and life.fresh is not None:
+                pages = self._view.pages(layer, i, i + 1, with_new=True)
+                at = self._positions[own]
+                parts.append(blend.attend(q[own], k[own], v[own], pages, at, options))
+            elif end - start == 1 and life is not None:
                 parts.append(self._decode_one(life, layer, i, q[own], options))
             else:
                 parts.append(self._prefill(life, layer, i, q[own], k[own], v[own], options))
@@ -123,7 +127,11 @@ class StepAttention:
     ) -> None:
         """Give a sequence's plan what it needs to see of the layer."""
         start, end = self._spans[i]
+        if life.fresh is not None:  # what is computed again is nobody's question
+            start += int((self._positions[start:end] < life.fresh).sum())
         own = slice(start, end)
+        if start == end:
+            return
         pages = self._view.pages(layer, i, i + 1, with_new=True)
         if i < self._n_plain:
             inspection.note_decode(life, layer, pages, pages)

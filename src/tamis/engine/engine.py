@@ -32,6 +32,8 @@ from tamis.engine.text import TextStream
 from tamis.engine.trace import Trace
 from tamis.engine.wait import expected_wait_s
 from tamis.errors import ConfigError, KVMemoryError, PlanError, RequestError
+from tamis.methods.base import Reuse
+from tamis.methods.registry import methods
 from tamis.methods.views import LayerShape as MethodLayerShape
 from tamis.methods.views import ModelShape
 from tamis.model import Model
@@ -197,24 +199,30 @@ class Engine:
         """
         names = [context] if isinstance(context, str) else list(context or ())
         contexts = [self.contexts.find(name) for name in names]
-        if len(contexts) > 1:
+        reuse = None if plan is None else plan.reuse
+        if len(contexts) > 1 and reuse is None:
+            joining = " or ".join(f"'{name}()'" for name in _joining())
             raise RequestError(
                 f"the request names {len(contexts)} contexts, and the plan {plan or Plan()} goes "
-                "on from one"
+                f"on from one; {joining} would join them"
             )
-        before = contexts[0] if contexts else None
+        if contexts and reuse is not None:
+            _check_reused(contexts, reuse)
+        before = contexts[0] if contexts and reuse is None else None
         if before is not None:
             if plan is not None and plan != before.plan:
                 raise RequestError(
                     f"the context {before.id!r} lives by the plan {before.plan}, so its requests "
                     f"cannot live by {plan}; leave their plan out"
                 )
-            if params.prompt_logprobs is not None or trace is not None:
-                raise RequestError(
-                    "a request that goes on from a context does not compute its prompt, so "
-                    "it has neither prompt_logprobs nor an inspection"
-                )
             plan = before.plan
+        if contexts and (params.prompt_logprobs is not None or trace is not None):
+            raise RequestError(
+                "a request that goes on from a context does not compute its prompt, so it has "
+                "neither prompt_logprobs nor an inspection"
+            )
+        if plan is not None and not contexts:
+            plan = plan.without_reuse
         return self._add(
             list(prompt_ids),
             params,
@@ -224,6 +232,7 @@ class Engine:
             priority=priority,
             user=user,
             context=before,
+            reused=tuple(contexts) if before is None else (),
         )
 
     def add_context(
@@ -242,7 +251,8 @@ class Engine:
 
         Args:
             token_ids: the document, at least one token.
-            plan: how its KV cache lives, for all questions; by default exactly.
+            plan: how its KV cache lives, for all questions; by default exactly, and so under plans
+                that join contexts.
             context_id: a name of the caller's; by default a number.
             priority, user: as of `add_request`.
 
@@ -253,7 +263,8 @@ class Engine:
             RequestError: as `add_request`; or what the plan keeps depends on the question.
             KVMemoryError, PlanError: as `add_request`.
         """
-        plan = plan or Plan()
+        if plan is None or plan.reuse is not None:
+            plan = Plan()
         check_context_plan(plan)
         params = SamplingParams(max_tokens=1)
         return self._add(
@@ -285,24 +296,34 @@ class Engine:
         priority: int,
         user: str,
         context: Context | None = None,
+        reused: tuple[Context, ...] = (),
         keep: bool = False,
     ) -> str:
         """Check a request, or the making of a context, and queue it."""
         arrival = next(self._arrivals)
         request_id = str(arrival) if request_id is None else request_id
         prompt = [int(token) for token in own_ids]
-        if context is not None and prompt:
-            prompt = context.tokens + prompt
+        before = [context] if context is not None else reused
+        if prompt:
+            prompt = list(itertools.chain(*(one.tokens for one in before), prompt))
         self._check_plan(plan, params)
+        if len(reused) > 1 and not self.model.can_shift:
+            raise PlanError(
+                f"{plan.reuse} moves keys to other positions, which this model's position "
+                "embeddings do not allow; its requests can name one context only"
+            )
         longest = self._longest(plan)
         self._check(request_id, prompt, params, longest)
         room = longest - len(prompt)
+        n_added = len(own_ids) + sum(len(one.tokens) for one in reused)
+        if reused and not plan.compresses and not columns(plan, self.shape):  # its pages are shared
+            n_added -= len(reused[0].tokens)
         if params.max_tokens is None:
-            max_new = self._most_new(plan, len(own_ids), room)
+            max_new = self._most_new(plan, n_added, room)
         else:
             max_new = min(params.max_tokens, room)
         self._check_room(params, max_new)
-        self._check_memory(plan, len(own_ids), max_new)
+        self._check_memory(plan, n_added, max_new)
         request = Request(
             request_id,
             arrival,
@@ -314,10 +335,11 @@ class Engine:
             user,
             trace=trace,
             context=context,
+            reused=reused,
             makes=Context(request_id, prompt, plan) if keep else None,
         )
-        if context is not None:
-            context.users += 1
+        for one in before:
+            one.users += 1
         sequence = Sequence(
             request,
             0,
@@ -478,9 +500,9 @@ class Engine:
         assert cache is not None
         if life is not None and life.failure is not None:
             raise life.failure
-        cache.advance(n, sequence.layers)
+        cache.advance(0 if sequence.in_place else n, sequence.layers)
         if program is not None:
-            program.advance(n, left)
+            program.advance(n, left, self.model.keys_values)
         self._measure(sequence.request)
         if sequence.draft is not None:
             return  # how many of them stay is known when they have been sampled
@@ -491,11 +513,11 @@ class Engine:
         life.count_attention(n)
         program.turn()
         if program.finished:
-            sequence.program, life.watch, life.sees = None, None, None
+            sequence.program, life.watch, life.sees, life.fresh = None, None, None, None
             tokens = sequence.request.plan.tokens
-            if tokens is not None and not tokens.steps:
+            if tokens is None or not tokens.steps:
                 life.aside.forget_waiting()
-            n_done = sequence.n_prompt if sequence.in_prompt else 1
+            n_done = sequence.n_prompt - sequence.n_computed if sequence.in_prompt else 1
             life.position_shift = sequence.n_computed + n_done - cache.next_position
             self._settle(sequence, n_done)
 
@@ -669,8 +691,8 @@ class Engine:
         output = None
         if request.finished:
             del self._requests[request.id]
-            if request.context is not None:
-                self.contexts.leave(request.context)
+            for context in request.reused or filter(None, [request.context]):
+                self.contexts.leave(context)
             self.stats.preemptions += request.preemptions
             longest = len(request.prompt_ids) + max(0, request.n_longest - 1)
             output = request.output(self.layout.bytes_for(longest))
@@ -708,6 +730,8 @@ class Engine:
             Lifecycle(plan, self.shape, empty, 1, self.model.shift_keys)
             if plan.tokens is not None:
                 next(plan.tokens.program(1, self.shape))
+            if plan.reuse is not None and plan.reuse.program([1, 1], 3, self.shape) is not None:
+                _ = self.model.decoder_layers  # or it cannot run layer by layer
         except ConfigError as error:
             raise PlanError(f"the plan {plan} does not fit this cache: {error}") from error
         self._sound.add(plan)
@@ -822,6 +846,25 @@ class Engine:
             request.kv_bytes = self.cache.distinct_bytes(caches)
             request.kv_bytes += sum(hidden.nbytes for hidden in waiting.values())
             request.kv_bytes_peak = max(request.kv_bytes_peak, request.kv_bytes)
+
+
+def _joining() -> list[str]:
+    """The names of the methods that join contexts."""
+    return [name for name, method in methods().items() if method.stage == Reuse.stage]
+
+
+def _check_reused(contexts: Seq[Context], reuse: Reuse) -> None:
+    """Refuse contexts that are not those of exact attention.
+
+    Raises:
+        RequestError: one lives by another plan.
+    """
+    for context in contexts:
+        if not context.plan.dense:
+            raise RequestError(
+                f"{reuse} joins contexts that were computed exactly, and {context.id!r} lives by "
+                f"the plan {context.plan}; add it again with the plan 'dense'"
+            )
 
 
 def _shape(model: Model) -> ModelShape:

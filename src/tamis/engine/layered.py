@@ -17,7 +17,7 @@ class Member(NamedTuple):
     """One sequence of a step.
 
     Attributes:
-        cache: its pages; n_tokens: of the step, which are reserved.
+        cache: its pages; n_tokens: of the step, which are reserved or lie there already.
         life: its plan at work, None for exact attention.
         tree: which of its tokens each sees, bool [n_tokens, n_tokens], if they are a draft.
         layers: those that it runs, None for all.
@@ -78,8 +78,10 @@ class StepBatch:
                 ends = torch.tensor([m.n_tokens for m in self._members]).cumsum(0).tolist()
                 spans = [(ends[i] - self._members[i].n_tokens, ends[i]) for i in running]
                 positions = torch.cat([positions[start:end] for start, end in spans])
-            view = BatchView(self._cache, [member.cache for member in members], counts, positions)
             lives = [member.life for member in members]
+            there = [life is not None and life.fresh is not None for life in lives]
+            caches = [member.cache for member in members]
+            view = BatchView(self._cache, caches, counts, positions, there)
             trees = [member.tree for member in members]
             self._parts[running] = StepAttention(view, counts, positions, lives, trees)
         return self._parts[running]

@@ -22,8 +22,8 @@ from tamis.plan import Plan
 
 T = TypeVar("T")
 
-ShiftKeys = Callable[[range, Tensor, Tensor], Tensor]
-"""Keys [layers, tokens, k_dim] moved by so many positions [layers, tokens]: `Model.shift_keys`."""
+ShiftKeys = Callable[[int | range, Tensor, Tensor], Tensor]
+"""Keys moved to other positions: `Model.shift_keys`."""
 
 
 @dataclass
@@ -96,6 +96,8 @@ class Lifecycle:
         aside: hidden states that wait, and which tokens each layer holds, in plans with programs.
         watch: the layer at which queries of the current pass are observed, and how many.
         sees: the tokens that the current pass's queries see beside its own; None for all.
+        fresh: while a program computes tokens again, the first one that was not reused: all of them
+            lie in the cache and are written where they lie. None otherwise.
         failure: what a method raised while a layer asked it; the request ends by it.
         trace: what is recorded for `LLM.inspect`; None when nobody asked.
     """
@@ -128,6 +130,7 @@ class Lifecycle:
         self.aside = Aside(shape.n_layers)
         self.watch: tuple[int, int] | None = None
         self.sees: Tensor | None = None
+        self.fresh: int | None = None
         self.failure: Exception | None = None
         self.shift_keys = shift_keys
         self.trace = trace
@@ -151,11 +154,15 @@ class Lifecycle:
         """Whether a decode step reads all live pages and, beside encoded ones that attention can
         read as they are, nothing else."""
         selects = self.generating and self.plan.select is not None
-        return not selects and self.sees is None and not stores.held_apart(self)
+        reads_all = self.sees is None and self.fresh is None
+        return not selects and reads_all and not stores.held_apart(self)
 
-    def begin_at(self, n_tokens: int) -> None:
-        """Count the tokens that the cache was given in full pages as settled, with summaries."""
+    def begin_at(self, n_tokens: int, *, summarized: bool = True) -> None:
+        """Count the tokens that the cache was given as settled; those in full pages may have their
+        summaries."""
         self._done = n_tokens
+        if not summarized:
+            return
         for layer, shape in zip(self.layers, self.shape.layers, strict=True):
             if shape.window is None:
                 layer.summarized = [n_tokens // self.cache.layout.page_size] * shape.kv_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tamis.cache import Block, Field, PagedCache, PrefixTree
-from tamis.engine.context import asks_at_once
+from tamis.engine.context import Context, asks_at_once
 from tamis.engine.lifecycle import columns
 from tamis.engine.sequence import Sequence
 from tamis.methods.views import ModelShape
@@ -61,8 +61,7 @@ class PrefixReuse:
 
     def found(self, sequence: Sequence) -> int:
         """Tokens whose pages there are for a waiting sequence now."""
-        n_most, context = self._most(sequence), sequence.request.context
-        of_context = 0 if context is None else len(context.tokens)
+        n_most, of_context = self._most(sequence), sequence.request.n_given
         if n_most < self._page_size:
             return of_context
         block = self.tree.match(sequence.tokens, n_most, self._columns(sequence))
@@ -71,11 +70,11 @@ class PrefixReuse:
     def begin(self, sequence: Sequence) -> None:
         """Give a waiting sequence a cache, with the longest prefix that there is for it: the pages
         of others, or of the context that it goes on from."""
-        n_most, context = self._most(sequence), sequence.request.context
+        n_most, context = self._most(sequence), sequence.request.begins_with
         if n_most >= self._page_size:
             sequence.prefix = self._fetched(sequence, n_most)
         found = 0 if sequence.prefix is None else sequence.prefix.depth * self._page_size
-        if context is not None and found < len(context.tokens):
+        if context is not None and found < len(context.tokens) and self._shares(sequence, context):
             assert context.cache is not None
             sequence.cache, sequence.prefix = context.cache.fork(), context.prefix
             self.share(sequence)
@@ -95,7 +94,9 @@ class PrefixReuse:
     def count(self, sequence: Sequence) -> None:
         """Note with how much a sequence starts."""
         assert sequence.cache is not None
-        n_tokens = sequence.cache.next_position
+        n_tokens = (
+            sequence.request.n_given if sequence.request.reused else sequence.cache.next_position
+        )
         sequence.n_computed = n_tokens
         if sequence.prefix is not None:
             self.tree.count_hit(sequence.prefix)
@@ -177,6 +178,11 @@ class PrefixReuse:
             return len(sequence.tokens) - 1
         return sequence.n_prompt - max(1, request.plan.needs.queries)
 
+    def _shares(self, sequence: Sequence, context: Context) -> bool:
+        """Whether a sequence's pages are of a context's formats."""
+        assert context.cache is not None
+        return context.cache.layout.columns == self._columns(sequence)
+
     def _columns(self, sequence: Sequence) -> tuple[Field, ...]:
         return columns(sequence.request.plan, self._shape)
 
@@ -187,7 +193,8 @@ def exact_prompt(plan: Plan) -> bool:
     needs = plan.needs
     gathers = needs.attention or needs.similarity or needs.mean_value
     changes = (
-        plan.prefill is not None
+        plan.reuse is not None
+        or plan.prefill is not None
         or plan.tokens is not None
         or plan.place is not None
         or (plan.heads is not None and plan.heads.during_prefill)

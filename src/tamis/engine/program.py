@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tamis.attention import observe
+from tamis.engine import blend
 from tamis.methods.views import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ class Aside:
     def forget_waiting(self) -> None:
         """Drop all hidden states: no token goes on."""
         self.hidden.clear()
+
+    def keep_waiting(self, tokens: Tensor) -> None:
+        """Drop the hidden states of all but these tokens."""
+        for layer, (waiting, hidden) in self.hidden.items():
+            kept = torch.isin(waiting, tokens)
+            self.hidden[layer] = (waiting[kept], hidden[kept.to(hidden.device)])
 
     def put(self, layer: int, tokens: Tensor, hidden: Tensor) -> None:
         """Have tokens wait at a layer's input."""
@@ -86,6 +93,7 @@ class Program:
         self._life = life
         self._n_layers = n_layers
         self._done = 0
+        self._deviations: list[Tensor] = []
         self.finished = False
         self.current = self._checked(next(passes))
 
@@ -113,15 +121,20 @@ class Program:
         first = self.current.layers[0]
         return None if first == 0 else self._life.aside.take(first, self.tokens(n))
 
-    def advance(self, n: int, left: Tensor | None) -> None:
+    def advance(self, n: int, left: Tensor | None, keys_values: blend.KeysValues) -> None:
         """Count `n` tokens that ran; `left` [n, hidden] is what they were behind the last layer
         of the pass, None if that was the model's last. `turn` comes next."""
         life, layers = self._life, self.current.layers
         tokens = self.tokens(n)
-        for layer in layers:
-            life.aside.held[layer] = torch.cat([life.aside.held[layer], tokens])
+        if life.fresh is None:
+            for layer in layers:
+                life.aside.held[layer] = torch.cat([life.aside.held[layer], tokens])
         if left is not None:
-            life.aside.put(layers[-1] + 1, tokens, left)
+            following = layers[-1] + 1
+            life.aside.put(following, tokens, left)
+            if self.current.deviation:
+                k, v = keys_values(following, left, self.positions(n).to(left.device))
+                self._deviations.append(blend.deviation(life, following, tokens, k, v))
         self._done += n
 
     def turn(self) -> None:
@@ -145,9 +158,14 @@ class Program:
             self.finished = True
         else:
             self.current, self._done = self._checked(following), 0
+            if life.fresh is not None:  # who does not go on here will not go on at all
+                life.aside.keep_waiting(self.current.tokens)
 
     def _result(self) -> PassResult:
-        """What was observed at the pass's last layer."""
+        """What was observed at the pass's last layer, or of the next one's keys and values."""
+        if self._deviations:
+            deviations, self._deviations = torch.cat(self._deviations), []
+            return PassResult(None, None, deviations)
         if not self.current.observe:
             return PassResult(None, None)
         layer = self.current.layers[-1]

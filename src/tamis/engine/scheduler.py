@@ -16,12 +16,13 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from tamis.cache import OutOfPages, OutOfSwap, PagedCache
+from tamis.engine import blend
 from tamis.engine.lifecycle import Lifecycle, ShiftKeys, columns
 from tamis.engine.memory import prompt_bytes
 from tamis.engine.order import Order
 from tamis.engine.pace import Costs, Pace
 from tamis.engine.prefix import PrefixReuse
-from tamis.engine.program import Program
+from tamis.engine.program import Passes, Program
 from tamis.engine.sequence import Sequence, Status
 from tamis.methods.base import Draft
 from tamis.methods.views import ModelShape
@@ -172,10 +173,43 @@ class Scheduler:
                     return
                 self.swapped.remove(sequence)
             else:
+                if not self._assembled(sequence):
+                    self._free(sequence)
+                    if not self.running:
+                        stuck.append(sequence)
+                    return
                 self.waiting.remove(sequence)
                 self._open(sequence)
             self._start(sequence)
             budget -= self._reserve(sequence, budget, batch, stuck)
+
+    def _assembled(self, sequence: Sequence) -> bool:
+        """Join the contexts that a sequence begins with, if it does with several; False if there is
+        no room."""
+        request, cache = sequence.request, sequence.cache
+        assert cache is not None
+        if not request.reused:
+            return True
+        again = self._passes(sequence) is not None
+        following = sequence.n_prompt - request.n_given if again else 0
+        while True:
+            try:
+                blend.assemble(cache, request.reused, self.shift_keys, following)
+            except OutOfPages:
+                if not self.prefixes.make_room():
+                    return False
+            else:
+                return True
+
+    def _passes(self, sequence: Sequence) -> Passes | None:
+        """The program of a sequence's prompt under its plan; None for ordinary chunks."""
+        plan, reused = sequence.request.plan, sequence.request.reused
+        if plan.tokens is not None:
+            return plan.tokens.program(sequence.n_prompt, self.shape)
+        if plan.reuse is not None and reused:
+            lengths = [len(context.tokens) for context in reused]
+            return plan.reuse.program(lengths, sequence.n_prompt, self.shape)
+        return None
 
     def _swapped_in(self, sequence: Sequence) -> bool:
         """Bring the pages of a swapped sequence back; False if there is no room."""
@@ -244,9 +278,11 @@ class Scheduler:
             self.shift_keys,
             sequence.request.trace,
         )
-        sequence.life.begin_at(sequence.n_computed)
-        if plan.tokens is not None:
-            passes = plan.tokens.program(sequence.n_prompt, self.shape)
+        given = sequence.request.n_given if sequence.request.reused else 0
+        sequence.life.begin_at(sequence.n_computed, summarized=not given)
+        passes = self._passes(sequence)
+        if passes is not None:
+            sequence.life.fresh = given or None
             sequence.program = Program(passes, sequence.life, self.shape.n_layers)
 
     def _reserve(
@@ -262,7 +298,7 @@ class Scheduler:
         n = self._with_draft(sequence, n, budget)
         while n > 0:
             try:
-                sequence.cache.reserve(n, sequence.layers)
+                sequence.cache.reserve(0 if sequence.in_place else n, sequence.layers)
             except OutOfPages:
                 if sequence.draft is not None:
                     sequence.draft, n = None, 1  # a guess is worth nobody's pages

@@ -120,6 +120,11 @@ class Sequence:
         return None if self.program is None else self.program.current.layers
 
     @property
+    def in_place(self) -> bool:
+        """Whether the tokens of the next step lie in its cache already, to be written there."""
+        return self.life is not None and self.life.fresh is not None
+
+    @property
     def direct(self) -> bool:
         """Whether a single token reads all live pages and nothing else."""
         return self.program is None and (self.life is None or self.life.direct)
@@ -160,6 +165,7 @@ class Request:
         n_reusable: tokens of the prompt that it could have begun with when it arrived.
         cached_tokens: tokens of the prompt that it began with.
         context: what it goes on from, which its prompt begins with.
+        reused: contexts that its plan joins, one after the other, which its prompt begins with.
         makes: the context that its prompt is to become.
     """
 
@@ -184,7 +190,19 @@ class Request:
     n_reusable: int = 0
     cached_tokens: int = 0
     context: Context | None = None
+    reused: tuple[Context, ...] = ()
     makes: Context | None = None
+
+    @property
+    def begins_with(self) -> Context | None:
+        """The context whose pages its sequences begin with."""
+        return self.reused[0] if self.reused else self.context
+
+    @property
+    def n_given(self) -> int:
+        """Tokens of its prompt that contexts bring."""
+        contexts = self.reused if self.context is None else (self.context,)
+        return sum(len(context.tokens) for context in contexts)
 
     @property
     def finished(self) -> bool:

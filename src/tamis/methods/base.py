@@ -7,6 +7,7 @@ return: frees pages, encodes them, reads fewer of them. No method touches a page
 
 | stage     | decides                                       | is asked                     |
 |-----------|-----------------------------------------------|------------------------------|
+| `reuse`   | what of reused contexts is computed again     | as a program of passes       |
 | `prefill` | which pairs of queries and keys are computed  | per chunk and layer          |
 | `tokens`  | which tokens go through which layers          | as a program of passes       |
 | `budget`  | how many tokens each head keeps               | before the first eviction    |
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _LARGEST = int(sys.float_info.max)
 
 STAGES = (
+    "reuse",
     "prefill",
     "tokens",
     "budget",
@@ -202,6 +204,38 @@ class Method(ABC):
         if maximum is not None and not value <= maximum:
             raise PlanError(f"{where}: {declared.name} must be at most {maximum}")
         return value
+
+
+class Reuse(Method):
+    """What is computed again of contexts whose KV, computed for each of them alone, stands for the
+    first tokens of a prompt.
+
+    The engine lays them out one after the other, their keys turned to the positions that they have
+    there. What follows them is computed as ever, attending to all of them.
+    """
+
+    stage = "reuse"
+
+    @abstractmethod
+    def program(
+        self, lengths: Sequence[int], prompt_tokens: int, shape: ModelShape
+    ) -> Generator[Pass, PassResult, None] | None:
+        """The passes that compute some of the reused tokens again, and all tokens after them; None
+        if no reused token is.
+
+        In every layer of a pass, the new keys and values of its tokens take the place of those that
+        are cached, and each query sees what is cached then of the tokens up to its own. The last
+        pass ends with the prompt's last token at the last layer.
+
+        Args:
+            lengths: tokens of each context, in the order of the prompt. Those of the first are
+                cached as the prompt itself would have them.
+            prompt_tokens: tokens of the whole prompt, which begins with the contexts.
+            shape: the model's.
+
+        Raises:
+            PlanError: the method does not work on such a model.
+        """
 
 
 class Prefill(Method):

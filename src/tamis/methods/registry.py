@@ -15,6 +15,7 @@ GROUP = "tamis.methods"
 """The entry-point group of other packages' methods: `name = package.module:Class`."""
 
 _OWN = {
+    "reuse": ("promptcache:PromptCache", "cacheblend:CacheBlend"),
     "prefill": ("minference:MInference", "flexprefill:FlexPrefill"),
     "tokens": ("gemfilter:GemFilter", "lazyllm:LazyLLM", "pyramidinfer:PyramidInfer"),
     "budget": (

@@ -310,6 +310,8 @@ class Pass:
         keep: whether their keys and values stay in the cache when the pass is over.
         observe: the attention weights of its last so many queries at its last layer are wanted.
         sees: which tokens its queries see beside the pass's own, ascending; None for all cached.
+        deviation: how far the keys and values that the next layer would make of its tokens are from
+            those that are cached there is wanted; for methods of the stage `reuse`.
     """
 
     tokens: Tensor
@@ -318,6 +320,7 @@ class Pass:
     keep: bool = True
     observe: int = 0
     sees: Tensor | None = None
+    deviation: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,10 +330,14 @@ class PassResult:
     Attributes:
         weights: with `observe`, softmax weights at its last layer, fp32 [q_heads, m, keys].
         keys: which token each of the keys is, int64 [keys], ascending.
+        deviation: with `deviation`, of each token of the pass the L2 norm, over all heads, of its
+            new keys and values at the layer after the pass less the cached ones, fp32 [m]; infinite
+            for tokens that were not reused.
     """
 
     weights: Tensor | None
     keys: Tensor | None
+    deviation: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,14 @@ EXTENDING = frozenset({"linear", "dynamic", "yarn"})
 """RoPE types whose factor multiplies the trained length; others state the extended length."""
 
 
+class _Handed(Exception):  # noqa: N818 - the way out of a forward, not a failure
+    """A layer's keys and values, before its attention runs."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__()
+        self.k, self.v = k, v
+
+
 class Model:
     """A 🤗 Transformers decoder, unmodified, whose attention is the caller's.
 
@@ -241,6 +249,40 @@ class Model:
                 hooks.enter_context(measured(self.decoder_layers, self.attention_modules, measure))
             logits = self._run(input_ids, positions, logits_at, rope_lengths, {"attend": attend})
         return logits if passage is None else (logits, passage.left)
+
+    @torch.no_grad()
+    def keys_values(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer makes of hidden states, without running its attention.
+
+        Args:
+            layer: its index, at least 1.
+            hidden: [tokens, hidden_size], at the layer's input.
+            positions: int64 [tokens].
+
+        Returns:
+            [tokens, kv_heads, k_dim] and [tokens, kv_heads, v_dim].
+
+        Raises:
+            ValueError: shapes disagree.
+            UnsupportedModelError: the model's layers cannot be run one by one, or its RoPE depends
+                on the sequence's length.
+        """
+        if self.dynamic_rope:
+            raise UnsupportedModelError(
+                f"{self._subject} makes keys that depend on the sequence's length"
+            )
+        of_row = torch.full((len(positions),), layer)
+
+        def stop(layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            raise _Handed(k, v)
+
+        try:
+            rows = RowRanges(of_row, of_row, hidden)
+            nowhere = positions[:0]
+            self.forward(torch.zeros_like(positions), positions, nowhere, stop, rows=rows)
+        except _Handed as handed:
+            return handed.k, handed.v
+        raise ValueError(f"layer {layer} has no attention to hand keys and values over")
 
     @torch.enable_grad()
     def train_forward(

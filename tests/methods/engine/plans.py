@@ -64,6 +64,9 @@ def _not_encoded(residual: int) -> Callable[[int], int]:
 
 
 CASES: dict[str, Case] = {
+    # Without contexts these are exact attention; with them they are tried in tests/methods/reuse.
+    "promptcache": Case("promptcache()", "promptcache()"),
+    "cacheblend": Case("cacheblend()", "cacheblend()"),
     "minference": Case("minference(verticals=30, slashes=50, last_q=16, block=16)", "minference()"),
     "flexprefill": Case(
         "flexprefill(gamma=0.5, min_budget=16, block=16)", "flexprefill(min_budget=4096)"
