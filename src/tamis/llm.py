@@ -59,6 +59,8 @@ class LLM:
         dtype: "auto", "float32", "bfloat16" or "float16". "auto" is bfloat16 where the hardware
             multiplies it, else float32.
         device: "auto", "cpu" or "cuda".
+        weights: "int8" or "int4" keeps the weights of the linear layers of a model that is loaded
+            here in so many bits (`tamis.model.quantized`); None keeps them in `dtype`.
         kv_memory: memory for KV pages, such as "4GiB", or bytes.
         max_batch_tokens: the most tokens of one step; long prompts are computed in chunks of it.
         page_size: tokens per page of one KV head.
@@ -89,6 +91,7 @@ class LLM:
         plan: str | Plan = "dense",
         dtype: str = "auto",
         device: str = "auto",
+        weights: str | None = None,
         kv_memory: str | int = "4GiB",
         max_batch_tokens: int = 2048,
         page_size: int = 64,
@@ -108,7 +111,16 @@ class LLM:
             swap_bytes = kv_bytes if swap_memory is None else parse_bytes(swap_memory)
         if not isinstance(model, Model):
             model = load_model(
-                model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+                model,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                weights=weights,
+            )
+        elif weights is not None:
+            raise ConfigError(
+                f"weights {weights!r} were asked for, but the model is loaded already; give "
+                "load_model the weights, or LLM the model's directory"
             )
         self.model = model
         free = available_memory(model.device)

@@ -69,6 +69,14 @@ def test_a_run_leaves_answers_timings_a_table_and_a_report(
     assert record["settings"]["samples"] == 2
 
 
+def test_results_with_quantized_weights_are_no_others(tamis_bench: Bench, tmp_path: Path) -> None:
+    less = ("--tasks", "single", "--lengths", "128", "--samples", "1", "--repeat", "1")
+    assert tamis_bench(*less, "--weights", "int8").exit_code == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["settings"]["dtype"] == "float32 with int8 weights"
+    assert "were made with dtype 'float32 with int8 weights'" in error_of(tamis_bench(*less))
+
+
 def test_the_same_command_goes_on_and_a_longer_one_adds(tamis_bench: Bench, tmp_path: Path) -> None:
     path = tmp_path / "out" / "answers.jsonl"
     assert tamis_bench(*SMALL, "--no-speed").exit_code == 0

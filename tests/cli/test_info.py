@@ -80,3 +80,20 @@ def test_rates_are_measured_on_request(tamis: Tamis, nothing_ships: None) -> Non
 
 def test_a_directory_without_a_model_is_refused(tamis: Tamis, tmp_path: Path) -> None:
     assert "config.json" in error_of(tamis("info", "--model", tmp_path))
+
+
+def test_quantized_weights_are_told_apart(tamis: Tamis, llama: Path) -> None:
+    command = ("info", "--model", llama, "--dtype", "bf16", "--kv-memory", "1MiB")
+    exact, model = (
+        json.loads(tamis(*command, *more, "--json").stdout)["model"]
+        for more in ((), ("--weights", "int8"))
+    )
+
+    assert (exact["quantized"], model["quantized"]) == (None, "int8")
+    assert model["weight_bytes"] < exact["weight_bytes"]
+    assert "bfloat16, linear layers in int8" in tamis(*command, "--weights", "int8").stdout
+
+
+def test_unknown_weights_are_refused(tamis: Tamis, llama: Path) -> None:
+    error = error_of(tamis("info", "--model", llama, "--weights", "int2"))
+    assert error == "unknown weights 'int2': use one of int8, int4, or none for exact ones"

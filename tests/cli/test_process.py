@@ -49,6 +49,14 @@ def test_help_and_version_import_nothing_slow() -> None:
     assert done.stderr == "set()\n"
 
 
+def test_nothing_but_the_model_and_the_measurement_is_said(tiny_dir) -> None:
+    options = ("--prompt", "x", "--max-tokens", 2, "--weights", "int8", "--kv-memory", "1MiB")
+    with running("run", "--model", tiny_dir("llama"), *options) as process:
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert [line.split(" ", 1)[1][:6] for line in stderr.decode().splitlines()] == ["prompt"]
+
+
 def test_ctrl_c_keeps_what_was_printed_and_exits_with_130(endless: Path) -> None:
     with running(*endless_run(endless)) as process:
         assert process.stdout is not None

@@ -61,7 +61,7 @@ class TamisLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     Args:
         pretrained: a directory in 🤗 format, a hub name, or "reference".
         plan: what becomes of the KV cache.
-        dtype, device, kv_memory, max_batch_tokens, trust_remote_code: as for `LLM`.
+        dtype, device, weights, kv_memory, max_batch_tokens, trust_remote_code: as for `LLM`.
         max_length: tokens of text and answer; by default, and at most, the model's context.
         max_gen_toks: tokens of an answer, where a task does not say.
         batch_size, max_batch_size: what the harness gives every model; batches here follow
@@ -77,6 +77,7 @@ class TamisLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         plan: str = "dense",
         dtype: str = "auto",
         device: str = "auto",
+        weights: str | None = None,
         kv_memory: str | int = "4GiB",
         max_batch_tokens: int = 2048,
         trust_remote_code: bool = False,
@@ -90,14 +91,15 @@ class TamisLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if unknown:
             raise ConfigError(
                 f"--model_args names {', '.join(sorted(unknown))}; tamis takes pretrained, plan, "
-                "dtype, device, kv_memory, max_batch_tokens, trust_remote_code, max_length and "
-                "max_gen_toks"
+                "dtype, device, weights, kv_memory, max_batch_tokens, trust_remote_code, "
+                "max_length and max_gen_toks"
             )
         self.llm = LLM(
             pretrained,
             plan=plan,
             dtype=dtype,
             device="auto" if device == _DEFAULT_DEVICE else device,
+            weights=weights,
             kv_memory=kv_memory,
             max_batch_tokens=max_batch_tokens,
             trust_remote_code=trust_remote_code,

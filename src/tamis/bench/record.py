@@ -14,7 +14,8 @@ class Settings:
     """What results depend on besides plan, task and length: all results of a folder share it.
 
     Attributes:
-        model: its name. `parameters`, `dtype`, `device`: of the loaded model.
+        model: its name. `parameters`, `dtype`, `device`: of the loaded model; `dtype` says too
+            what quantized weights are kept in.
         haystack: the file that facts are hidden in, or "" for the standard library.
         samples, seed, kinds, phrasings: as in `tamis.bench.tasks.samples.Suite`.
         chat: whether prompts went through the model's chat template.

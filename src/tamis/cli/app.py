@@ -31,7 +31,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with terminal.plain_warnings():
+            with terminal.plain_warnings(), terminal.quiet_imports():
                 return super().invoke(ctx)
         except TamisError as error:
             if terminal.debugging(ctx):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tamis.cli import options, terminal
 from tamis.cli.reporting import missing_libraries, record_of
 from tamis.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tamis.model import Model
 
 _TASKS = (
     "single,multi_key,key_value,multi_value,multi_query,variables,frequent,multi_turn,perplexity"
@@ -96,6 +99,7 @@ def bench(
         typer.Option(metavar="FILE", help="The report.", show_default="report.html in --out"),
     ] = None,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = None,
     kv_memory: options.KVMemory = "4GiB",
     max_batch_tokens: options.MaxBatchTokens = 2048,
     debug: options.Debug = False,
@@ -154,13 +158,19 @@ def bench(
     from tamis.llm import LLM
 
     terminal.quiet_logs(debug)
-    llm = LLM(model, dtype=dtype, kv_memory=kv_memory, max_batch_tokens=max_batch_tokens)
+    llm = LLM(
+        model,
+        dtype=dtype,
+        weights=weights,
+        kv_memory=kv_memory,
+        max_batch_tokens=max_batch_tokens,
+    )
     exercises += generated(llm, suites, out / "samples")
     windows = cut_windows(llm, text, sizes if PERPLEXITY in names else (), samples, seed)
     settings = Settings(
         model=llm.model.name,
         parameters=llm.model.n_parameters,
-        dtype=str(llm.model.dtype).removeprefix("torch."),
+        dtype=_dtype(llm.model),
         device=str(llm.model.device),
         haystack="" if haystack is None else str(haystack),
         samples=samples,
@@ -198,6 +208,12 @@ def bench(
     if summary.failed:
         terminal.say(f"{summary.failed} requests failed; the same command tries them again")
     terminal.say(f"report: {report}")
+
+
+def _dtype(model: Model) -> str:
+    """What the model computes in, and what its linear layers' weights are kept in if it is less."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return dtype if model.weights is None else f"{dtype} with {model.weights} weights"
 
 
 def _run(passes: Iterable[_Pass], kept: Callable[[], str], out: Path) -> None:

@@ -22,6 +22,7 @@ Rows = list[tuple[str, str]]
 def info(
     model: options.OptionalModel = None,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = None,
     kv_memory: options.KVMemory = "4GiB",
     measure: Annotated[
         bool,
@@ -44,7 +45,7 @@ def info(
         from tamis.llm import LLM
 
         terminal.quiet_logs(debug)
-        llm = LLM(model, dtype=dtype, kv_memory=kv_memory)
+        llm = LLM(model, dtype=dtype, weights=weights, kv_memory=kv_memory)
         report["model"] = describe_model(llm)
         report["kv"] = describe_kv(llm)
         text["model"] = _model_rows(report["model"])
@@ -77,6 +78,7 @@ def describe_model(llm: LLM) -> dict[str, Any]:
         "parameters": model.n_parameters,
         "weight_bytes": model.weight_bytes,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized": model.weights,
         "device": str(model.device),
         "vocabulary": model.vocab_size,
         "context": None if model.max_length == UNLIMITED else model.max_length,
@@ -109,12 +111,15 @@ def describe_kv(llm: LLM) -> dict[str, Any]:
 def _model_rows(model: dict[str, Any]) -> Rows:
     from tamis.platform import format_bytes
 
+    weights = f"{format_bytes(model['weight_bytes'])} in {model['dtype']}"
+    if model["quantized"] is not None:
+        weights += f", linear layers in {model['quantized']}"
     context = "no stated limit" if model["context"] is None else f"{model['context']:,} tokens"
     return [
         ("name", model["name"]),
         ("architecture", model["architecture"]),
         ("parameters", f"{model['parameters']:,}"),
-        ("weights", f"{format_bytes(model['weight_bytes'])} in {model['dtype']}"),
+        ("weights", weights),
         ("device", model["device"]),
         ("vocabulary", f"{model['vocabulary']:,} tokens"),
         ("context", context),

@@ -34,6 +34,7 @@ def inspect(
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")] = 32,
     chat: options.Chat = None,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = None,
     kv_memory: options.KVMemory = "4GiB",
     max_batch_tokens: options.MaxBatchTokens = 2048,
     debug: options.Debug = False,
@@ -58,7 +59,12 @@ def inspect(
     check_writable(out, WHAT)
     terminal.quiet_logs(debug)
     llm = LLM(
-        model, plan=its_plan, dtype=dtype, kv_memory=kv_memory, max_batch_tokens=max_batch_tokens
+        model,
+        plan=its_plan,
+        dtype=dtype,
+        weights=weights,
+        kv_memory=kv_memory,
+        max_batch_tokens=max_batch_tokens,
     )
     found = llm.inspect(encode_prompt(llm, text, chat), params=params)
     places = [line for wanted in find or () for line in _places(found, wanted)]

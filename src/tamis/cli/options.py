@@ -90,6 +90,15 @@ Dtype = Annotated[
     ),
 ]
 
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="int8 or int4: keep the weights of linear layers in so many bits.",
+        show_default="those of --dtype",
+    ),
+]
+
 KVMemory = Annotated[
     str, typer.Option(metavar="SIZE", help="Memory for the KV pages of all requests, e.g. 512MiB.")
 ]

@@ -45,6 +45,7 @@ def run(
     chat: options.Chat = None,
     plan: options.Plan = "dense",
     dtype: options.Dtype = "auto",
+    weights: options.Weights = None,
     kv_memory: options.KVMemory = "4GiB",
     max_batch_tokens: options.MaxBatchTokens = 2048,
     as_json: options.Json = False,
@@ -74,7 +75,12 @@ def run(
 
     terminal.quiet_logs(debug)
     llm = LLM(
-        model, plan=its_plan, dtype=dtype, kv_memory=kv_memory, max_batch_tokens=max_batch_tokens
+        model,
+        plan=its_plan,
+        dtype=dtype,
+        weights=weights,
+        kv_memory=kv_memory,
+        max_batch_tokens=max_batch_tokens,
     )
     tokens = encode_prompt(llm, text, chat)
     answer = _Answer(len(tokens), live=not as_json)

@@ -106,6 +106,7 @@ def serve(
         ),
     ] = None,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = None,
     kv_memory: options.KVMemory = "4GiB",
     max_batch_tokens: options.MaxBatchTokens = 2048,
     max_running: Annotated[
@@ -220,6 +221,7 @@ def serve(
         model,
         plan=its_plan,
         dtype=dtype,
+        weights=weights,
         kv_memory=kv_memory,
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,

@@ -70,6 +70,21 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Inside, torchao, which Transformers imports where it is installed, says nothing about the
+    libraries for other machines that it cannot load."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def quiet_logs(debug: bool) -> None:
     """Keep the advice of Transformers and tracebacks of failed steps off the terminal.
 

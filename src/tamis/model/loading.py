@@ -28,6 +28,7 @@ from tamis.model.interface import NAME, register
 from tamis.model.linear import small_batches
 from tamis.model.model import Model
 from tamis.model.norm import quick_norms
+from tamis.model.quantized import check_weights, quantize_weights
 from tamis.model.support import check_supported
 from tamis.platform import parse_dtype
 from tamis.shipped import locate
@@ -43,6 +44,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    weights: str | None = None,
 ) -> Model:
     """Load a decoder-only model, ready for `Model.forward`.
 
@@ -53,12 +55,15 @@ def load_model(
         dtype: of the weights; "auto" is the fastest the device computes in.
         device: "auto" is CUDA where there is one, else the CPU.
         trust_remote_code: whether Python code that comes with the model may run.
+        weights: "int8" or "int4" keeps those of linear layers in so many bits (see
+            `tamis.model.quantized`); None keeps them in `dtype`.
 
     Raises:
         ModelError: the model is missing, incomplete or corrupt.
         UnsupportedModelError: it is sound, but cannot run on per-head KV pages.
-        ConfigError: unknown dtype or device.
+        ConfigError: unknown dtype, device or weights, or weights that this model cannot have here.
     """
+    check_weights(weights)
     device = parse_device(device)
     torch_dtype = parse_dtype(dtype, device)
     register()
@@ -71,8 +76,10 @@ def load_model(
         tokenizer = _load_tokenizer(directory, trust_remote_code)
         hf = _load_weights(directory, config, torch_dtype, trust_remote_code).to(device)
         small_batches(hf)
+        if weights is not None:
+            quantize_weights(hf, weights, exact=hf.get_output_embeddings())
         quick_norms(hf)
-        model = Model(hf, tokenizer, name, directory)
+        model = Model(hf, tokenizer, name, directory, weights)
         few_rows(model)
         return model
 

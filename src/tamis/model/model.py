@@ -17,6 +17,7 @@ from tamis.model.effect import Measure, measured
 from tamis.model.interface import Attend, NotHandedDownError, PassThroughCache, handed_down
 from tamis.model.layers import arguments_noted, decoder_layers, tensors_checked
 from tamis.model.probe import PROBE_TOKENS, LayerSpec, Probe, check_layers
+from tamis.model.quantized import stored_bytes
 from tamis.model.rope import dynamic_modules, lengths_honoured, rotary_modules, switch_length
 from tamis.model.rows import RowRanges, passing
 from tamis.model.shift import REACH, Rotation, find_rotations, rotary_calls
@@ -45,6 +46,7 @@ class Model:
         tokenizer: its tokenizer, or None if the directory has none.
         name: the directory's or the hub repository's name.
         directory: where its files lie; None for a model that was made in memory.
+        weights: "int8" or "int4" where linear layers are quantized, None where all is exact.
         layers: what each layer hands over, in order.
         attention_modules: the module of each layer that hands it over.
         dynamic_rope: whether `forward` needs `rope_lengths`.
@@ -56,6 +58,7 @@ class Model:
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         directory: Path | None = None,
+        weights: str | None = None,
     ) -> None:
         """Wrap `hf` and probe it.
 
@@ -67,6 +70,7 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.directory = directory
+        self.weights = weights
         self._picks_logits = "logits_to_keep" in signature(hf.forward).parameters
         self._dynamic_modules = dynamic_modules(hf)
         self._unreached: tuple[nn.Module, ...] = ()  # attention without the forward's arguments
@@ -137,8 +141,8 @@ class Model:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of the parameters, shared ones counted once."""
-        return sum(parameter.nbytes for parameter in self.hf.parameters())
+        """Bytes in which the parameters are kept, shared ones counted once."""
+        return sum(stored_bytes(parameter) for parameter in self.hf.parameters())
 
     @property
     def kv_bytes_per_token(self) -> int:
