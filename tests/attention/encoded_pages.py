@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tamis.attention import encoded_native, encoded_reference
+from tamis.attention.encoded import decode_encoded
 from tamis.attention.encoding import (
     Encoding,
     PageEncoding,
@@ -19,16 +20,21 @@ from tamis.attention.encoding import (
     restore,
 )
 from tamis.cache.format import Field, PagedKV, PageFormat
-from tamis.platform import native_module
+from tamis.platform import native_module, triton_installed
 from tests.attention import naive
 
 RANK, OUTLIERS = 3, 7
 
+BACKENDS = [*naive.BACKENDS, *(["triton"] if triton_installed() else [])]
+"""`naive.BACKENDS` and Triton, interpreted unless there is a GPU (see tests/conftest.py)."""
+
 
 def implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Decode over encoded pages by one of `naive.BACKENDS`."""
+    """Decode over encoded pages by one of BACKENDS."""
     if backend == "reference":
         return encoded_reference.decode
+    if backend == "triton":
+        return partial(decode_encoded, backend="triton")
     return partial(encoded_native.decode, native_module(), isa=backend)
 
 

@@ -19,18 +19,32 @@ from tamis.methods.codec.gear import GEAR
 from tamis.methods.codec.kivi import KIVI
 from tamis.methods.codec.think import ThinK
 from tests.attention import naive
-from tests.attention.encoded_pages import definition, implementation, page_format, pages
+from tests.attention.encoded_pages import (
+    BACKENDS,
+    definition,
+    implementation,
+    page_format,
+    pages,
+)
 from tests.methods.layer import layer_view
 
 Decode = Callable[..., tuple[Tensor, Tensor]]
+
+PAGE_SIZES = (1, 8, 16, 32, 48, 64, 256)
 
 TOLERANCE = 3e-4
 """Queries and weights meet codes as 16-bit integers: 2^-16 of the largest per product."""
 
 
-@pytest.fixture(params=naive.BACKENDS, scope="session")
+@pytest.fixture(params=BACKENDS, scope="session")
 def decode(request: pytest.FixtureRequest) -> Decode:
     """Decode over encoded pages by one backend and instruction set."""
+    return implementation(request.param)
+
+
+@pytest.fixture(params=naive.BACKENDS, scope="session")
+def compiled(request: pytest.FixtureRequest) -> Decode:
+    """The same without Triton, whose interpreter takes milliseconds for a tile."""
     return implementation(request.param)
 
 
@@ -51,11 +65,11 @@ def sides(draw: st.DrawFn, name: str, page_size: int, dim: int) -> Encoding:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> dict:
-    """What describes one call; `build` makes its tensors."""
+def cases(draw: st.DrawFn, most: int = 4, page_sizes: tuple[int, ...] = PAGE_SIZES) -> dict:
+    """What describes one call, with at most `most` pages per head; `build` makes its tensors."""
     n, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    heads = st.lists(st.integers(0, 4), min_size=kv_heads, max_size=kv_heads)
-    page_size = draw(st.sampled_from([1, 8, 16, 32, 48, 64, 256]))
+    heads = st.lists(st.integers(0, most), min_size=kv_heads, max_size=kv_heads)
+    page_size = draw(st.sampled_from(page_sizes))
     k_dim = draw(st.sampled_from([32, 40, 64, 80, 128, 256]))
     v_dim = draw(st.sampled_from([k_dim, 32, 64, 96]))
     return {
@@ -87,7 +101,19 @@ def build(case: dict) -> tuple[Tensor, PagedKV, PageEncoding, dict]:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases())
-def test_equals_the_definition(decode: Decode, case: dict) -> None:
+def test_equals_the_definition(compiled: Decode, case: dict) -> None:
+    check(compiled, case)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(case=cases(most=2, page_sizes=PAGE_SIZES[:-1]))
+def test_triton_equals_the_definition(case: dict) -> None:
+    check(implementation("triton"), case)
+
+
+def check(decode: Decode, case: dict) -> None:
+    """Fail unless a case's result is what the definition gives."""
     q, kv, encoding, options = build(case)
     out, lse = decode(q, kv, encoding, **options)
     want_out, want_lse = definition(q, kv, encoding, **options)

@@ -18,11 +18,13 @@ from tests.attention import naive
 PAGE = 4
 
 
-@pytest.fixture(params=naive.BACKENDS, scope="session")
+@pytest.fixture(params=[*naive.BACKENDS, "triton"], scope="session")
 def top_pages(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
-    """One backend's and instruction set's implementation."""
+    """One backend's and instruction set's implementation, Triton's interpreted without a GPU."""
     if request.param == "reference":
         return observe_reference.top_pages
+    if request.param == "triton":
+        return pytest.importorskip("tamis.attention.gpu.observe").top_pages
     return partial(observe_native.top_pages, native_module(), isa=request.param)
 
 

@@ -1,4 +1,4 @@
-"""New tokens land in the pages they belong to, and nowhere else, on both backends."""
+"""New tokens land in the pages they belong to, and nowhere else, on every backend."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from tamis.cache.format import Field, PageFormat
 from tamis.cache.moves import append
-from tamis.platform import native_module
+from tamis.platform import native_module, triton_installed
 
 
-@pytest.fixture(params=["reference", "native"], scope="session")
+@pytest.fixture(params=["reference", "native", "triton"], scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend that this machine has."""
+    """A backend that this machine has, Triton interpreted unless there is a GPU."""
+    if request.param == "triton" and not triton_installed():
+        pytest.skip("Triton is not installed")
     if request.param == "native" and native_module(warn=False) is None:
         pytest.skip("the extension is not built")
     return request.param

@@ -10,7 +10,7 @@ from tamis.attention import encoded_native, encoded_reference
 from tamis.attention.checks import check_encoded
 from tamis.attention.encoding import PageEncoding
 from tamis.cache.format import PagedKV
-from tamis.platform import native_for
+from tamis.platform import native_for, triton_for
 
 
 def decode_encoded(
@@ -36,7 +36,7 @@ def decode_encoded(
         encoding: what the pages' fields mean.
         scale: factor of the products of queries and keys.
         softcap: bound of the scores; None for no bound.
-        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
+        backend: a name of `tamis.platform.BACKENDS`; None chooses.
 
     Returns:
         `(out, lse)`: out [n, q_heads, v_dim], fp32; lse [n, q_heads], fp32, as of `decode`: to be
@@ -64,8 +64,9 @@ def decode_encoded(
         (torch.Size([1, 4, 16]), [[32.0, 32.0, 32.0, 32.0]])
     """
     check_encoded(q, kv, encoding, softcap)
-    extension = native_for(backend, q, kv.data)
     run = encoded_reference.decode
-    if extension is not None:
+    if triton_for(backend, q, kv.data):
+        from tamis.attention.gpu.encoded import decode as run  # takes seconds to import
+    elif (extension := native_for(backend, q, kv.data)) is not None:
         run = partial(encoded_native.decode, extension)
     return run(q, kv, encoding, scale=scale, softcap=softcap)

@@ -32,7 +32,7 @@ def top_pages(
             element of the page's keys in each channel; read of all pages but the last.
         before: pages that come before those of `kv`, all of them full; they may have another
             format. None for none.
-        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
+        backend: a name of `tamis.platform.BACKENDS`; None chooses.
 
     Returns:
         Numbers of pages, `before`'s first, ascending, int64 [n, kv_heads, count]; of equal bounds

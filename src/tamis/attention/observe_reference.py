@@ -139,8 +139,9 @@ def top_pages(
             last = max(0, len(k_min) - 1)
             bounds = bound_scores(grouped[row, head], k_min[None, :last], k_max[None, :last])
             values = bounds.amax(0, keepdim=True)
+            pages = torch.tensor([last + 1], device=q.device)
             out[row, head] = top_tokens(
-                torch.nn.functional.pad(values, (0, 1)), torch.tensor([last + 1]), count, 0, 1
+                torch.nn.functional.pad(values, (0, 1)), pages, count, 0, 1
             )[0]
     return out
 

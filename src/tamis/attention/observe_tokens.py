@@ -36,7 +36,7 @@ def token_weights(
         channels: the channels of each KV head, distinct, int64 [n, kv_heads, r]; None for all.
         divisors: of the scores (temperatures), positive, [n, q_heads]; None for 1.
         first, last: so many first and last tokens of each head have no weight.
-        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
+        backend: a name of `tamis.platform.BACKENDS`; None chooses.
 
     Returns:
         [n, q_heads, max_len]; zero for tokens without weight. Each row sums to 1 where any has.

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from tamis.cache.format import PageFormat
-from tamis.platform import native_for
+from tamis.platform import native_for, triton_for
 
 
 def append(
@@ -37,15 +37,18 @@ def append(
         k: new keys in the format's dtype, [tokens, kv_heads, k_dim], last dimension contiguous.
         v: new values, [tokens, kv_heads, v_dim], like `k`.
         positions: absolute positions, int32 [tokens].
-        backend: "reference" or "native"; None chooses (see `tamis.platform.native_for`).
+        backend: a name of `tamis.platform.BACKENDS`; None chooses.
 
     Raises:
         ValueError: shapes or dtypes do not fit together or do not fit the format.
         ConfigError: `backend` is unknown or cannot run here.
     """
     _check(format, tables, lengths, starts, k, v, positions)
-    extension = native_for(backend, data, k)
-    run = partial(_native, extension) if extension is not None else _reference
+    run = _reference
+    if triton_for(backend, data, k):
+        from tamis.cache.gpu import append as run  # takes seconds to import
+    elif (extension := native_for(backend, data, k)) is not None:
+        run = partial(_native, extension)
     run(data, format, tables, lengths, starts, k, v, positions)
 
 

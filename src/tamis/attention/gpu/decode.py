@@ -79,6 +79,20 @@ def decode(
         CAPPED=softcap is not None,
         **page_fields(kv, q.dtype),
     )
+    merge_chunks(part, part_lse, sinks, out, lse)
+    return out, lse
+
+
+def merge_chunks(
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fill `out` [n, q_heads, v_dim] and `lse` [n, q_heads] with the attentions over the chunks,
+    fp32 [n, q_heads, chunks, v_dim] and [n, q_heads, chunks], merged in their order."""
+    n, q_heads, chunks, v_dim = part.shape
     _merge[(n * q_heads,)](
         part,
         part_lse,
@@ -91,7 +105,6 @@ def decode(
         V_PADDED=padded(v_dim),
         SINKS=sinks is not None,
     )
-    return out, lse
 
 
 @triton.jit

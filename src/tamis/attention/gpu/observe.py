@@ -1,4 +1,5 @@
-"""Statistics of attention in Triton: scores and weights of queries over cached tokens, column sums.
+"""Statistics of attention in Triton: scores and weights of queries over cached tokens, column
+sums, bounds of pages.
 
 What `tamis.attention.observe` says of its arguments holds here; `width` is the longest head's
 length.
@@ -10,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tamis.attention import observe_reference
 from tamis.attention.gpu.tiles import (
     capped,
     dot,
@@ -19,7 +21,7 @@ from tamis.attention.gpu.tiles import (
     page_fields,
     page_of,
 )
-from tamis.cache.format import PagedKV
+from tamis.cache.format import UNIT, PagedKV
 
 KEYS = 64
 """Cached tokens of one program."""
@@ -98,6 +100,117 @@ def decode_weights(
     lse = lse.float().contiguous()
     _run(q.contiguous(), kv, lse, out, width, scale, positions, window, softcap, of_rows=True)
     return out
+
+
+def top_pages(
+    q: torch.Tensor,
+    kv: PagedKV,
+    count: int,
+    *,
+    low: str,
+    high: str,
+    before: PagedKV | None,
+) -> torch.Tensor:
+    """Pages of largest bounds for queries q [n, q_heads, k_dim]: int64 [n, kv_heads, count].
+
+    The bounds are one launch for each of `before` and `kv`; the largest are found by sorting.
+    """
+    n, kv_heads = kv.lengths.shape
+    parts = [kv] if before is None else [before, kv]
+    held = [-(-part.lengths // part.format.page_size) for part in parts]
+    bounds = q.new_zeros(n, kv_heads, sum(p.tables.shape[2] for p in parts), dtype=torch.float32)
+    first = torch.zeros_like(held[0])
+    q = q.contiguous()
+    for part, pages in zip(parts, held, strict=True):
+        _fill_bounds(q, part, low, high, first, bounds)
+        first = first + pages
+    counts = first.flatten().long()
+    return observe_reference.top_tokens(bounds.flatten(0, 1), counts, count, 0, 1).view(
+        n, kv_heads, count
+    )
+
+
+def _fill_bounds(
+    q: torch.Tensor, kv: PagedKV, low: str, high: str, first: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Put the bounds of each head's pages into out[row, head, first[row, head] ..]."""
+    n, q_heads, k_dim = q.shape
+    kv_heads, most = kv.tables.shape[1:]
+    if not n or not most:
+        return
+    group, item = q_heads // kv_heads, q.element_size()
+    _bounds[(n * kv_heads, -(-most // KEYS))](
+        q,
+        kv.data.view(q.dtype),
+        kv.tables,
+        kv.lengths,
+        first,
+        out,
+        out.shape[2],
+        kv.tables.stride(0),
+        kv.tables.stride(1),
+        kv.lengths.stride(0),
+        kv.lengths.stride(1),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        GROUP_PADDED=padded(group),
+        K_DIM=k_dim,
+        K_PADDED=padded(k_dim),
+        PAGES=KEYS,
+        PAGE=kv.format.page_size,
+        UNIT=UNIT // item,
+        LOW_OFFSET=kv.format.offsets[low] // item,
+        HIGH_OFFSET=kv.format.offsets[high] // item,
+    )
+
+
+@triton.jit
+def _bounds(
+    q,
+    data,
+    tables,
+    lengths,
+    first,
+    out,
+    width,
+    tables_row,
+    tables_head,
+    lengths_row,
+    lengths_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    LOW_OFFSET: tl.constexpr,
+    HIGH_OFFSET: tl.constexpr,
+):
+    """The bounds of some pages of one head: the largest of its queries'."""
+    head = tl.program_id(0)
+    row, kv_head = head // KV_HEADS, head % KV_HEADS
+    length = tl.load(lengths + row * lengths_row + kv_head * lengths_head)
+    number = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
+    known = number * PAGE < length
+    table = tables + row * tables_row + kv_head * tables_head
+    page = tl.load(table + number, mask=known, other=0).to(tl.int64)
+    slot = number * 0
+    least = load_rows(data, page, slot, known, UNIT, LOW_OFFSET, K_DIM, K_PADDED)
+    most = load_rows(data, page, slot, known, UNIT, HIGH_OFFSET, K_DIM, K_PADDED)
+    member, channel = tl.arange(0, GROUP_PADDED), tl.arange(0, K_PADDED)
+    queries = tl.load(
+        q + (head * GROUP + member)[:, None] * K_DIM + channel[None, :],
+        mask=(member < GROUP)[:, None] & (channel < K_DIM)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    positive = tl.maximum(queries, 0.0).to(least.dtype)
+    negative = tl.minimum(queries, 0.0).to(least.dtype)
+    bounds = dot(positive, tl.trans(most)) + dot(negative, tl.trans(least))
+    bounds = tl.max(tl.where((member < GROUP)[:, None], bounds, float("-inf")), 0)
+    at = head.to(tl.int64) * width + tl.load(first + head) + number
+    tl.store(out + at, bounds, mask=known)
 
 
 def _run(

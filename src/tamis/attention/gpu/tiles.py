@@ -45,11 +45,11 @@ def page_fields(kv: PagedKV, dtype: torch.dtype) -> dict[str, object]:
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b with fp32 sums; fp32 operands are not rounded to TF32."""
+def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+    """a @ b with fp32 sums; PRECISION is `tl.dot`'s, by default fp32 operands stay fp32."""
     if WIDE_DOT:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -82,18 +82,19 @@ def capped(scores, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def absorb(top, total, acc, scores, v):
+def absorb(top, total, acc, scores, v, PRECISION: tl.constexpr = "ieee"):
     """Take a tile into a running softmax.
 
     Args:
         top, total: largest score and sum of exponentials so far, [rows]; acc: [rows, v_dim].
         scores: fp32 [rows, n], -inf where unseen; v: [n, v_dim].
+        PRECISION: of their product, as in `dot`.
     """
     new_top = tl.maximum(top, tl.max(scores, 1))
     origin = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp(scores - origin[:, None])
     shrunk = tl.exp(top - origin)
-    acc = acc * shrunk[:, None] + dot(weights.to(v.dtype), v)
+    acc = acc * shrunk[:, None] + dot(weights.to(v.dtype), v, PRECISION)
     return new_top, total * shrunk + tl.sum(weights, 1), acc
 
 
