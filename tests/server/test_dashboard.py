@@ -145,6 +145,11 @@ def test_values_change_while_a_request_runs(serve: Serve, fresh: Browser) -> Non
                 assert re.fullmatch(r"encoded, [\d.]+ B per token", encoded)
                 slow_down(server, 0)
                 list(lines)
+            context = {"document": "a" * 50, "id": "book"}
+            assert client.post("/v1/contexts", json=context).status_code == 200
+            fresh.until("document.querySelectorAll('#contexts tr').length === 1")
+            assert "book" in fresh.text("#contexts")
+            assert fresh.text("#contexts-note").startswith("1 kept in ")
         fresh.until("document.querySelectorAll('#ended tr').length === 1")
         assert "length" in fresh.text("#ended")
         assert tile(fresh, "ttft").endswith("s")

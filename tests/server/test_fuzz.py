@@ -14,6 +14,8 @@ from tests.server.conftest import NAME, Serve  # noqa: E402
 PATHS = {
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/contexts",
+    "/v1/contexts/{context_id}",
     "/v1/embeddings",
     "/v1/models",
     "/v1/models/{name}",
@@ -59,5 +61,8 @@ def test_no_request_makes_the_server_fail(
             ask()
         assert paths >= PATHS
         assert (200 if mode is GenerationMode.POSITIVE else 400) in statuses
+        with server.http as client:
+            for context in client.get("/v1/contexts").json()["data"]:
+                client.delete(f"/v1/contexts/{context['id']}")
         server.wait_idle()
         assert server.complete("x", max_tokens=4).status_code == 200

@@ -134,6 +134,14 @@ def serve(
         bool,
         typer.Option(help="Keep pages of prompts for later ones that begin with the same tokens."),
     ] = True,
+    context_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most KV memory of contexts, which clients have computed once and kept.",
+            show_default="half of --kv-memory",
+        ),
+    ] = None,
     max_requests: Annotated[int, _limit("Most requests open at once; more get 429.")] = 512,
     max_choices: Annotated[int, _limit("Most completions of one request.")] = 64,
     max_prompt_tokens: Annotated[int | None, _limit("Longest prompt.")] = None,
@@ -165,7 +173,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's API.
 
-    /v1/completions, /v1/chat/completions, /v1/models, /tokenize; /health, /ready, /metrics.
+    /v1/completions, /v1/chat/completions, /v1/contexts, /v1/models, /tokenize; /health, /ready,
+    /metrics, and a dashboard at /.
     SIGTERM lets open requests end, then stops. Every option can be given as an environment
     variable too (--max-body as TAMIS_MAX_BODY), or in the file that --config names; a flag beats
     the environment, and that the file.
@@ -195,6 +204,7 @@ def serve(
         max_body=parse_bytes(max_body),
         max_prompt_tokens=max_prompt_tokens,
         max_output_tokens=max_output_tokens,
+        context_memory=None if context_memory is None else parse_bytes(context_memory),
         max_choices=max_choices,
         max_requests=max_requests,
         max_wait=max_wait,

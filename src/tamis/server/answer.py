@@ -26,6 +26,9 @@ class Job:
         params: of all prompts.
         plan: of all prompts.
         priority, user: what the engine's order may go by.
+        context: the engine's name of the context that they go on from, or of several.
+        keep_as: the engine's name of the context that the one prompt becomes, instead of being
+            answered.
     """
 
     prompts: Sequence[list[int]]
@@ -33,6 +36,8 @@ class Job:
     plan: Plan
     priority: int = 0
     user: str = ""
+    context: str | tuple[str, ...] | None = None
+    keep_as: str | None = None
 
 
 @dataclass(frozen=True)

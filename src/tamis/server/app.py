@@ -21,6 +21,10 @@ from tamis.server.protocol import (
     ChatRequest,
     Completion,
     CompletionRequest,
+    ContextCard,
+    ContextDeleted,
+    ContextList,
+    ContextRequest,
     ErrorBody,
     ModelCard,
     ModelList,
@@ -34,7 +38,7 @@ OPEN_PATHS = ("/health", "/ready", dashboard.PATH)
 """Paths that need no API key: they say nothing but yes or no, or are the same for everyone."""
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 408, 409, 413, 429, 500, 503, 504)
 }
 
 
@@ -50,6 +54,7 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
     app.state.service = service
     errors.install(app)
     _generating(app, service)
+    _keeping(app, service)
     _describing(app, service)
     _operating(app, service)
     dashboard.install(app, service)
@@ -60,7 +65,7 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
         )
     app.add_middleware(AccessLog, responded=service.metrics.responded)
@@ -71,14 +76,14 @@ def _generating(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
-        user = service.user_of(request, body.user)
-        return await service.answer(request, body.stream, lambda: service.complete(body, user))
+        sender = service.sender_of(request, body.user)
+        return await service.answer(request, body.stream, lambda: service.complete(body, sender))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
-        user = service.user_of(request, body.user)
-        return await service.answer(request, body.stream, lambda: service.chat(body, user))
+        sender = service.sender_of(request, body.user)
+        return await service.answer(request, body.stream, lambda: service.chat(body, sender))
 
     @app.post("/v1/embeddings", responses=_ERRORS)
     async def embeddings(body: Annotated[Any, Body()] = None) -> Response:
@@ -88,6 +93,32 @@ def _generating(app: FastAPI, service: Service) -> None:
             "this server generates text and makes no embeddings; use an embedding model's server",
             "embeddings_not_supported",
         )
+
+
+def _keeping(app: FastAPI, service: Service) -> None:
+    contexts = service.contexts
+
+    @app.post("/v1/contexts", responses=_ERRORS)
+    async def add_context(body: ContextRequest, request: Request) -> ContextCard:
+        """A document whose KV is computed once, for requests that name it in `contexts`."""
+        return await service.keep(request, body)
+
+    @app.get("/v1/contexts", responses=_ERRORS)
+    async def list_contexts(request: Request) -> ContextList:
+        """The contexts of the API key that asks."""
+        owner = service.sender_of(request).owner
+        return ContextList(data=[service.card(kept) for kept in contexts.of(owner)])
+
+    @app.get("/v1/contexts/{context_id}", responses=_ERRORS)
+    async def context(context_id: str, request: Request) -> ContextCard:
+        """One of them."""
+        return service.card(contexts.find(service.sender_of(request).owner, context_id))
+
+    @app.delete("/v1/contexts/{context_id}", responses=_ERRORS)
+    async def delete_context(context_id: str, request: Request) -> ContextDeleted:
+        """Free its pages, when the last request that goes on from it has ended."""
+        await contexts.delete(service.sender_of(request).owner, context_id)
+        return ContextDeleted(id=context_id)
 
 
 def _describing(app: FastAPI, service: Service) -> None:

@@ -6,12 +6,12 @@ import base64
 import hashlib
 from dataclasses import dataclass
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from jinja2 import Environment, PackageLoader
 from starlette.responses import Response
 
 from tamis import __version__
-from tamis.server.protocol import ErrorBody
+from tamis.server.protocol import ContextCard, ErrorBody
 from tamis.server.recent import Ended, Latencies
 from tamis.server.service import Service
 from tamis.server.settings import ANY_PLAN
@@ -38,6 +38,15 @@ class About:
 
 
 @dataclass(frozen=True)
+class ContextsState:
+    """How many contexts there are, the bytes that they may take, and those of who asks."""
+
+    number: int
+    most_bytes: int
+    own: list[ContextCard]
+
+
+@dataclass(frozen=True)
 class DashboardState:
     """All that the page shows."""
 
@@ -46,6 +55,7 @@ class DashboardState:
     draining: bool
     engine: EngineState
     latencies: Latencies
+    contexts: ContextsState
     ended: list[Ended]
 
 
@@ -59,14 +69,17 @@ def install(app: FastAPI, service: Service) -> None:
         return Response(page, media_type="text/html", headers=headers)
 
     @app.get("/dashboard/state", responses={401: {"model": ErrorBody}, 503: {"model": ErrorBody}})
-    async def state() -> DashboardState:
+    async def state(request: Request) -> DashboardState:
         """What the server does now: pages, queue, latencies, and requests without their texts."""
+        contexts = service.contexts
+        own = contexts.of(service.sender_of(request).owner)
         return DashboardState(
             about,
             service.admission.n_open,
             service.admission.draining,
             await service.llm.read(engine_state),
             service.recent.latencies(),
+            ContextsState(len(contexts), contexts.most_bytes, [service.card(kept) for kept in own]),
             service.recent.newest(_ENDED_SHOWN),
         )
 

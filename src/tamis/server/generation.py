@@ -46,14 +46,27 @@ class Generation:
             TamisError: the engine refuses it.
         """
         left_s = deadline - asyncio.get_running_loop().time()
-        stream = await llm.submit(
-            job.prompts,
-            job.params,
-            job.plan,
-            priority=job.priority,
-            user=job.user,
-            max_wait_s=left_s if max_wait is None else min(max_wait, left_s),
-        )
+        most_s = left_s if max_wait is None else min(max_wait, left_s)
+        if job.keep_as is None:
+            stream = await llm.submit(
+                job.prompts,
+                job.params,
+                job.plan,
+                context=job.context,
+                priority=job.priority,
+                user=job.user,
+                max_wait_s=most_s,
+            )
+        else:
+            [document] = job.prompts
+            stream = await llm.submit_context(
+                document,
+                job.plan,
+                job.keep_as,
+                priority=job.priority,
+                user=job.user,
+                max_wait_s=most_s,
+            )
         return cls(llm, stream, deadline)
 
     async def batches(self) -> AsyncIterator[Batch]:

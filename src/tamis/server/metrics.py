@@ -12,6 +12,7 @@ from tamis.cache.format import PageFormat
 from tamis.engine.engine import Engine
 from tamis.engine.outputs import RequestMetrics, RequestOutput
 from tamis.server.admission import Admission
+from tamis.server.contexts import Contexts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -23,11 +24,12 @@ class Metrics:
     Args:
         engine: read at every scrape, while it runs.
         admission: of the server's requests.
+        contexts: that it keeps.
     """
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, contexts: Contexts) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(engine, admission))
+        self._registry.register(EngineCollector(engine, admission, contexts))
         self._responses = Counter(
             "tamis_http_responses",
             "Responses by path and status; 499 stands for clients that went away.",
@@ -79,9 +81,10 @@ class Metrics:
 class EngineCollector(Collector):
     """The state of an engine at the time of a scrape."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, contexts: Contexts) -> None:
         self._engine = engine
         self._admission = admission
+        self._contexts = contexts
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
@@ -98,6 +101,8 @@ class EngineCollector(Collector):
             ("sequences_swapped", "Sequences swapped to host memory.", len(scheduler.swapped)),
             ("swap_bytes", "Host memory of swapped sequences.", cache.swap_bytes_in_use),
             ("kv_bytes_peak", "The most bytes of pages at once.", cache.bytes_peak),
+            ("contexts", "Contexts that requests may name.", len(self._contexts)),
+            ("context_bytes", "Bytes of their pages, shared ones too.", self._contexts.bytes),
         ):
             yield GaugeMetricFamily(f"tamis_{name}", what, value=value)
 

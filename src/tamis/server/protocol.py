@@ -58,6 +58,7 @@ class Sampling(Body):
 
     Attributes:
         kv_plan: ours: what becomes of this request's KV cache; the operator's list says what may.
+        contexts: ours: ids of contexts that the prompt goes on from; see `ContextRequest`.
         top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, ignore_eos, include_stop:
             ours too; see `SamplingParams`.
         priority: ours: the smaller goes first, where the server's order asks for it.
@@ -77,6 +78,7 @@ class Sampling(Body):
     response_format: ResponseFormat | None = None
 
     kv_plan: Text | None = None
+    contexts: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -138,6 +140,49 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     modalities: list[Literal["text"]] | None = None
+
+
+class ContextRequest(Body):
+    """`POST /v1/contexts`: ours; a document whose KV is computed once and kept for many requests.
+
+    Attributes:
+        document: a text or token ids.
+        kv_plan: how its KV lives; what such a plan keeps must not depend on the question.
+        id: how requests name it; by default a random one.
+        priority, user: as of `Sampling`.
+    """
+
+    document: Text | TokenIds
+    model: Text | None = None
+    kv_plan: Text | None = None
+    id: Annotated[Text, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    priority: int = Field(default=0, ge=-1000, le=1000)
+    user: Text | None = None
+
+
+class ContextCard(BaseModel):
+    """A context that is kept. `kv_bytes` are those of its pages; `kv_bytes_dense` what exact
+    attention would take."""
+
+    id: str
+    object: Literal["context"] = "context"
+    created: int
+    model: str
+    tokens: int
+    kv_plan: str
+    kv_bytes: int
+    kv_bytes_dense: int
+
+
+class ContextList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ContextCard]
+
+
+class ContextDeleted(BaseModel):
+    id: str
+    object: Literal["context.deleted"] = "context.deleted"
+    deleted: Literal[True] = True
 
 
 class TokenizeRequest(Body):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +23,7 @@ from tamis.server.answer import Head, Job, Writer
 from tamis.server.chat import ChatWriter
 from tamis.server.completions import CompletionWriter
 from tamis.server.connection import ClientGone, unless_gone
+from tamis.server.contexts import Contexts, Kept
 from tamis.server.errors import ApiError, explain
 from tamis.server.generation import Generation
 from tamis.server.logs import GONE
@@ -29,6 +31,8 @@ from tamis.server.metrics import Metrics
 from tamis.server.protocol import (
     ChatRequest,
     CompletionRequest,
+    ContextCard,
+    ContextRequest,
     Message,
     ResponseFormat,
     Sampling,
@@ -42,6 +46,22 @@ from tamis.server.tokens import TokenTexts
 _GUIDES_KEPT = 64
 
 Prepare = Callable[[], Awaitable[tuple[Job, Writer]]]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who sent a request.
+
+    Attributes:
+        user: whose share of the service it takes: the owner of its API key; where there is but one
+            key, the `user` that it names.
+        owner: whose contexts it may name: the number of its API key; "" where there are no keys.
+    """
+
+    user: str
+    owner: str
 
 
 class Service:
@@ -59,9 +79,11 @@ class Service:
         self.llm = llm
         self.settings = settings
         self.admission = Admission(settings.max_requests)
-        self.metrics = Metrics(llm.engine, self.admission)
+        self.contexts = Contexts(llm, settings.context_memory)
+        self.metrics = Metrics(llm.engine, self.admission, self.contexts)
         self.recent = Recent()
         self._texts = TokenTexts(llm.vocabulary)
+        self._bos = getattr(llm.model.tokenizer, "bos_token_id", None)
         self._guide_of = lru_cache(_GUIDES_KEPT)(self._compile)
 
     @property
@@ -69,25 +91,27 @@ class Service:
         """Tokens of a prompt and its completion at the most."""
         return self.llm.model.max_length
 
-    async def complete(self, request: CompletionRequest, user: str) -> tuple[Job, Writer]:
-        """What a user's request of `/v1/completions` asks for, and who writes its answer."""
+    async def complete(self, request: CompletionRequest, sender: Sender) -> tuple[Job, Writer]:
+        """What a request of `/v1/completions` asks for, and who writes its answer."""
         self.check_model(request.model)
         own = completions.sampling(request)
         prompts = completions.prompts(request)
-        ids = await asyncio.to_thread(self._encode, prompts)
-        job = await self._job(request, ids, own, user)
+        ids = await asyncio.to_thread(self._encode, prompts, begins=not request.contexts)
+        job = await self._job(request, ids, own, sender)
         head = Head.new("cmpl", request.model)
         echoed: list[str] = []
         if request.echo:
             echoed = [p if isinstance(p, str) else self._texts.decode(p) for p in prompts]
         return job, CompletionWriter(request, head, self._texts, echoed)
 
-    async def chat(self, request: ChatRequest, user: str) -> tuple[Job, Writer]:
-        """What a user's request of `/v1/chat/completions` asks for, and who writes its answer."""
+    async def chat(self, request: ChatRequest, sender: Sender) -> tuple[Job, Writer]:
+        """What a request of `/v1/chat/completions` asks for, and who writes its answer."""
         self.check_model(request.model)
         own = chat.sampling(request)
-        ids = [await self._encode_chat(request.messages)]
-        job = await self._job(request, ids, own, user)
+        ids = await self._encode_chat(request.messages)
+        if request.contexts and ids[0] == self._bos:
+            ids = ids[1:]  # the document has begun already
+        job = await self._job(request, [ids], own, sender)
         return job, ChatWriter(request, Head.new("chatcmpl", request.model), self._texts)
 
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
@@ -106,12 +130,11 @@ class Service:
     async def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return await asyncio.to_thread(self.llm.encode_chat, chat.conversation(messages))
 
-    def user_of(self, request: Request, named: str | None) -> str:
-        """Who sent a request: the owner of its API key; where there is but one key, the `user` that
-        it names."""
-        if len(self.settings.api_keys) > 1:
-            return str(request.state.key)
-        return named or ""
+    def sender_of(self, request: Request, named: str | None = None) -> Sender:
+        """Who sent a request that names a user."""
+        keys = self.settings.api_keys
+        owner = str(request.state.key) if keys else ""
+        return Sender(owner if len(keys) > 1 else named or "", owner)
 
     def check_model(self, name: str) -> None:
         """Refuse a request for a model that is not served."""
@@ -132,26 +155,66 @@ class Service:
         Raises:
             ApiError, TamisError: it was refused, or failed.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
+        deadline = self._deadline()
         log: dict[str, Any] = request.state.log
         log["streamed"] = streamed
         with ExitStack() as place:
             place.enter_context(self.admission.request())
-            try:
-                generation, writer = await unless_gone(
-                    request.receive, self._start(prepare, deadline, log)
-                )
-                place.callback(self._end, generation, log)
-                if not streamed:
-                    outputs = await unless_gone(request.receive, generation.finish())
-                    return _json(writer.whole(outputs).model_dump_json())
-            except ClientGone:
-                log["gone"] = True
-                return Response(status_code=GONE)
-            except TimeoutError:
-                raise ApiError(504, "the request took too long to begin", "timeout") from None
+            generation, writer = await _attended(request, self._start(prepare, deadline, log))
+            place.callback(self._end, generation, log)
+            if not streamed:
+                outputs = await _attended(request, generation.finish())
+                return _json(writer.whole(outputs).model_dump_json())
             events = self._events(generation, writer, log)
             return EventStream(events, self.settings.write_timeout, place.pop_all().close)
+
+    async def keep(self, request: Request, body: ContextRequest) -> ContextCard:
+        """Have a document computed and kept as a context, while its client waits.
+
+        Raises:
+            ApiError, TamisError: it was refused, or failed.
+        """
+        sender = self.sender_of(request, body.user)
+        with self.admission.request():
+            kept = await _attended(
+                request, self._keep(body, sender, self._deadline(), request.state.log)
+            )
+        return self.card(kept)
+
+    def card(self, kept: Kept) -> ContextCard:
+        """A context as its owner sees it."""
+        return ContextCard(
+            id=kept.id,
+            created=kept.created,
+            model=self.settings.name,
+            tokens=kept.tokens,
+            kv_plan=str(kept.plan),
+            kv_bytes=kept.kv_bytes,
+            kv_bytes_dense=kept.kv_bytes_dense,
+        )
+
+    def _deadline(self) -> float:
+        """The loop's time at which a request that comes now must have ended."""
+        return asyncio.get_running_loop().time() + self.settings.request_timeout
+
+    async def _keep(
+        self, body: ContextRequest, sender: Sender, deadline: float, log: dict[str, Any]
+    ) -> Kept:
+        async with asyncio.timeout_at(deadline):
+            if body.model is not None:
+                self.check_model(body.model)
+            plan = self.settings.allowed(body.kv_plan, self.llm.plan)
+            document = body.document
+            prompts = await asyncio.to_thread(
+                self._encode, [document] if isinstance(document, str) else [list(document)]
+            )
+            self._check_length(prompts)
+            log["plan"] = str(plan)
+            log["prompt_tokens"] = sum(map(len, prompts))
+            job = Job(prompts, SamplingParams(), plan, body.priority, sender.user)
+            return await self.contexts.add(
+                sender.owner, body.id, job, deadline, self.settings.max_wait
+            )
 
     async def _start(
         self, prepare: Prepare, deadline: float, log: dict[str, Any]
@@ -195,13 +258,13 @@ class Service:
             log["ttft_s"] = outputs[0].metrics.ttft_s
 
     async def _job(
-        self, request: Sampling, prompts: list[list[int]], own: Mapping[str, Any], user: str
+        self, request: Sampling, prompts: list[list[int]], own: Mapping[str, Any], sender: Sender
     ) -> Job:
         """What the engine is asked for.
 
         Args:
             own: sampling parameters that the endpoint has in a form of its own.
-            user: whose share of the service it takes.
+            sender: who asks.
 
         Raises:
             ApiError, TamisError: a limit is exceeded, or a parameter wrong.
@@ -214,13 +277,7 @@ class Service:
                 f"there must be from 1 to {settings.max_choices} completions",
                 "too_many_completions",
             )
-        longest = max(map(len, prompts))
-        if settings.max_prompt_tokens is not None and longest > settings.max_prompt_tokens:
-            raise ApiError(
-                400,
-                f"the prompt has {longest} tokens; this server takes {settings.max_prompt_tokens}",
-                "context_length_exceeded",
-            )
+        self._check_length(prompts)
         max_tokens = own["max_tokens"]
         most = settings.max_output_tokens
         if most is not None:
@@ -240,11 +297,32 @@ class Service:
             logit_bias=_bias(request.logit_bias),
             guide=await self._guide(request.response_format),
         )
-        plan = settings.allowed(request.kv_plan, self.llm.plan)
-        return Job(prompts, params, plan, request.priority, user)
+        contexts = [self.contexts.find(sender.owner, name) for name in request.contexts or ()]
+        names = tuple(kept.name for kept in contexts)
+        own_plan = contexts[0].plan if len(contexts) == 1 else self.llm.plan
+        return Job(
+            prompts,
+            params,
+            settings.allowed(request.kv_plan, own_plan),
+            request.priority,
+            sender.user,
+            names[0] if len(names) == 1 else names or None,
+        )
 
-    def _encode(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
-        return [self.llm.encode(p) if isinstance(p, str) else p for p in prompts]
+    def _check_length(self, prompts: Sequence[list[int]]) -> None:
+        """Refuse prompts that are longer than the operator allows."""
+        longest, most = max(map(len, prompts)), self.settings.max_prompt_tokens
+        if most is not None and longest > most:
+            raise ApiError(
+                400,
+                f"the prompt has {longest} tokens; this server takes {most}",
+                "context_length_exceeded",
+            )
+
+    def _encode(
+        self, prompts: Sequence[str] | Sequence[list[int]], *, begins: bool = True
+    ) -> list[list[int]]:
+        return [self.llm.encode(p, begins=begins) if isinstance(p, str) else p for p in prompts]
 
     async def _guide(self, wanted: ResponseFormat | None) -> JsonGuide | None:
         """What makes the answer JSON; compiled once for requests with the same schema."""
@@ -294,6 +372,21 @@ def _bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
         if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 10):
             raise ApiError(400, f"{token_id[:20]!r} is not a token id", param="logit_bias")
     return {int(token_id): value for token_id, value in bias.items()}
+
+
+async def _attended(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns; it ends with its client's patience.
+
+    Raises:
+        ApiError: the client went away, or the time is over.
+    """
+    try:
+        return await unless_gone(request.receive, work)
+    except ClientGone:
+        request.state.log["gone"] = True
+        raise ApiError(GONE, "the client went away") from None
+    except TimeoutError:
+        raise ApiError(504, "the request took too long to begin", "timeout") from None
 
 
 def _json(text: str) -> Response:

@@ -26,6 +26,8 @@ class Settings:
         max_body: bytes of a request's body at the most.
         max_prompt_tokens, max_output_tokens: of one prompt, and of one completion; None leaves it
             to the model's context.
+        context_memory: bytes that the pages of contexts (`POST /v1/contexts`) may take; None is a
+            half of the KV memory.
         max_choices: completions of one request (prompts times `n`) at the most.
         max_requests: requests that are worked on or wait at once; more are refused with 429.
         max_wait: the longest that a request's first token may be expected to take; what would wait
@@ -46,6 +48,7 @@ class Settings:
     max_body: int = 8 << 20
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
+    context_memory: int | None = None
     max_choices: int = 64
     max_requests: int = 512
     max_wait: float | None = None
@@ -74,6 +77,8 @@ class Settings:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        if self.context_memory is not None and self.context_memory < 0:
+            raise ConfigError(f"context_memory is {self.context_memory}; it must be at least 0")
         if self.max_wait is not None and not self.max_wait > 0:
             raise ConfigError(f"max_wait is {self.max_wait}; it must be more than 0")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):

@@ -98,7 +98,8 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class EngineState:
-    """The engine between two steps; `at` is in seconds of a clock that only goes forward."""
+    """The engine between two steps; `at` is in seconds of a clock that only goes forward, and
+    `context_bytes` are the pages of all contexts."""
 
     at: float
     queue: Queue
@@ -106,6 +107,7 @@ class EngineState:
     prefixes: Prefixes
     tiers: list[Tier]
     pages: list[Pages]
+    context_bytes: int
     requests: list[LiveRequest]
 
 
@@ -139,6 +141,7 @@ def engine_state(engine: Engine) -> EngineState:
         ),
         tiers=list(_tiers(engine.cache)),
         pages=list(_pages(engine.cache)),
+        context_bytes=engine.context_bytes,
         requests=[_live(request, engine) for request in requests[:SHOWN]],
     )
 

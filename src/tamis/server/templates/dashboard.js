@@ -85,6 +85,7 @@ function show(state) {
   showTiers(engine);
   showHistory();
   showRequests(engine.requests, engine.queue);
+  showContexts(state.contexts, engine.context_bytes);
   showEnded(state.ended);
 }
 
@@ -182,6 +183,22 @@ function showRequests(requests, queue) {
     const pages = element(row, "td", count(r.pages.reduce((sum, page) => sum + page.pages, 0)), "n");
     element(pages, "small", binary(r.kv_bytes));
     saved(element(row, "td"), r.kv_bytes, r.kv_bytes_dense, r.pages);
+  }
+}
+
+function showContexts({number, most_bytes, own}, bytes) {
+  const body = $("contexts");
+  body.replaceChildren();
+  body.closest(".scroll").hidden = !own.length;
+  const others = number > own.length ? ` (${count(number - own.length)} of other keys)` : "";
+  text("contexts-note", number ? `${count(number)} kept${others} in ${binary(bytes)}, of ${binary(most_bytes)} at the most.` : "None. POST /v1/contexts keeps a document's KV for many requests.");
+  for (const c of own) {
+    const row = element(body, "tr");
+    element(element(row, "td", c.id), "small", new Date(1000 * c.created).toLocaleTimeString("en", {hour12: false}));
+    element(row, "td", c.kv_plan, "plan");
+    element(row, "td", count(c.tokens), "n");
+    element(row, "td", binary(c.kv_bytes), "n");
+    saved(element(row, "td"), c.kv_bytes, c.kv_bytes_dense);
   }
 }
 
