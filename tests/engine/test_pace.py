@@ -30,8 +30,8 @@ def test_steady_lets_prompts_have_all_while_nobody_decodes() -> None:
 
 
 def test_steady_is_careful_while_it_knows_nothing_and_never_stops_a_prompt() -> None:
-    assert Steady().prompt_tokens(Costs(), 1, 2048) == 8
-    assert Steady().prompt_tokens(costs(1e-6, 1.0), 1, 2048) == 8
+    assert Steady().prompt_tokens(Costs(), 1, 2048) == 4
+    assert Steady().prompt_tokens(costs(1e-6, 1.0), 1, 2048) == 4
     assert Steady().prompt_tokens(costs(1e-6, 1.0), 1, 3) == 3
 
 

@@ -9,7 +9,7 @@ from tamis.errors import ConfigError
 
 _MEMORY = 0.8
 """Weight of the past in a moving average: a change is followed within about ten steps."""
-_LEAST = 8
+_LEAST = 4
 """Prompt tokens of a step at the least: a prompt always goes on."""
 
 
