@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tamis.errors import TamisError
-from tamis.guide import JsonGuide
 from tamis.llm import AsyncLLM
-from tamis.sampling import SamplingParams
 from tamis.server import chat, completions
 from tamis.server.admission import Admission
 from tamis.server.answer import Head, Job, Writer
@@ -26,6 +21,7 @@ from tamis.server.connection import ClientGone, unless_gone
 from tamis.server.contexts import Contexts, Kept
 from tamis.server.errors import ApiError, explain
 from tamis.server.generation import Generation
+from tamis.server.jobs import Jobs, Sender
 from tamis.server.logs import GONE
 from tamis.server.metrics import Metrics
 from tamis.server.protocol import (
@@ -34,8 +30,6 @@ from tamis.server.protocol import (
     ContextCard,
     ContextRequest,
     Message,
-    ResponseFormat,
-    Sampling,
     TokenizeRequest,
 )
 from tamis.server.recent import Recent
@@ -43,25 +37,9 @@ from tamis.server.settings import Settings
 from tamis.server.stream import DONE, EventStream, error_event, event
 from tamis.server.tokens import TokenTexts
 
-_GUIDES_KEPT = 64
-
 Prepare = Callable[[], Awaitable[tuple[Job, Writer]]]
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Sender:
-    """Who sent a request.
-
-    Attributes:
-        user: whose share of the service it takes: the owner of its API key; where there is but one
-            key, the `user` that it names.
-        owner: whose contexts it may name: the number of its API key; "" where there are no keys.
-    """
-
-    user: str
-    owner: str
 
 
 class Service:
@@ -84,7 +62,7 @@ class Service:
         self.recent = Recent()
         self._texts = TokenTexts(llm.vocabulary)
         self._bos = getattr(llm.model.tokenizer, "bos_token_id", None)
-        self._guide_of = lru_cache(_GUIDES_KEPT)(self._compile)
+        self._jobs = Jobs(llm, settings, self.contexts)
 
     @property
     def max_model_len(self) -> int:
@@ -97,7 +75,7 @@ class Service:
         own = completions.sampling(request)
         prompts = completions.prompts(request)
         ids = await asyncio.to_thread(self._encode, prompts, begins=not request.contexts)
-        job = await self._job(request, ids, own, sender)
+        job = await self._jobs.generating(request, ids, own, sender)
         head = Head.new("cmpl", request.model)
         echoed: list[str] = []
         if request.echo:
@@ -111,7 +89,7 @@ class Service:
         ids = await self._encode_chat(request.messages)
         if request.contexts and ids[0] == self._bos:
             ids = ids[1:]  # the document has begun already
-        job = await self._job(request, [ids], own, sender)
+        job = await self._jobs.generating(request, [ids], own, sender)
         return job, ChatWriter(request, Head.new("chatcmpl", request.model), self._texts)
 
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
@@ -203,15 +181,12 @@ class Service:
         async with asyncio.timeout_at(deadline):
             if body.model is not None:
                 self.check_model(body.model)
-            plan = self.settings.allowed(body.kv_plan, self.llm.plan)
             document = body.document
-            prompts = await asyncio.to_thread(
-                self._encode, [document] if isinstance(document, str) else [list(document)]
-            )
-            self._check_length(prompts)
-            log["plan"] = str(plan)
-            log["prompt_tokens"] = sum(map(len, prompts))
-            job = Job(prompts, SamplingParams(), plan, body.priority, sender.user)
+            if isinstance(document, str):
+                document = await asyncio.to_thread(self.llm.encode, document)
+            job = self._jobs.keeping(body, document, sender)
+            log["plan"] = str(job.plan)
+            log["prompt_tokens"] = len(document)
             return await self.contexts.add(
                 sender.owner, body.id, job, deadline, self.settings.max_wait
             )
@@ -257,121 +232,10 @@ class Service:
             log["finish_reason"] = outputs[0].finish_reason
             log["ttft_s"] = outputs[0].metrics.ttft_s
 
-    async def _job(
-        self, request: Sampling, prompts: list[list[int]], own: Mapping[str, Any], sender: Sender
-    ) -> Job:
-        """What the engine is asked for.
-
-        Args:
-            own: sampling parameters that the endpoint has in a form of its own.
-            sender: who asks.
-
-        Raises:
-            ApiError, TamisError: a limit is exceeded, or a parameter wrong.
-        """
-        settings = self.settings
-        if not prompts or len(prompts) * (request.n or 1) > settings.max_choices:
-            raise ApiError(
-                400,
-                f"{len(prompts)} prompts with n={request.n or 1} completions each; "
-                f"there must be from 1 to {settings.max_choices} completions",
-                "too_many_completions",
-            )
-        self._check_length(prompts)
-        max_tokens = own["max_tokens"]
-        most = settings.max_output_tokens
-        if most is not None:
-            if max_tokens is not None and max_tokens > most:
-                raise ApiError(
-                    400,
-                    f"max_tokens is {max_tokens}; this server generates at most {most}",
-                    "max_tokens_exceeded",
-                    "max_tokens",
-                )
-            max_tokens = max_tokens or most
-        given = {
-            name: getattr(request, name) for name in _SAMPLING if getattr(request, name) is not None
-        }
-        params = SamplingParams(
-            **{"temperature": 1.0, **given, **own, "max_tokens": max_tokens},
-            logit_bias=_bias(request.logit_bias),
-            guide=await self._guide(request.response_format),
-        )
-        contexts = [self.contexts.find(sender.owner, name) for name in request.contexts or ()]
-        names = tuple(kept.name for kept in contexts)
-        own_plan = contexts[0].plan if len(contexts) == 1 else self.llm.plan
-        return Job(
-            prompts,
-            params,
-            settings.allowed(request.kv_plan, own_plan),
-            request.priority,
-            sender.user,
-            names[0] if len(names) == 1 else names or None,
-        )
-
-    def _check_length(self, prompts: Sequence[list[int]]) -> None:
-        """Refuse prompts that are longer than the operator allows."""
-        longest, most = max(map(len, prompts)), self.settings.max_prompt_tokens
-        if most is not None and longest > most:
-            raise ApiError(
-                400,
-                f"the prompt has {longest} tokens; this server takes {most}",
-                "context_length_exceeded",
-            )
-
     def _encode(
         self, prompts: Sequence[str] | Sequence[list[int]], *, begins: bool = True
     ) -> list[list[int]]:
         return [self.llm.encode(p, begins=begins) if isinstance(p, str) else p for p in prompts]
-
-    async def _guide(self, wanted: ResponseFormat | None) -> JsonGuide | None:
-        """What makes the answer JSON; compiled once for requests with the same schema."""
-        if wanted is None or wanted.type == "text":
-            return None
-        schema: dict[str, Any] | None = None
-        if wanted.type == "json_schema":
-            if wanted.json_schema is None:
-                raise ApiError(400, "json_schema is missing", param="response_format")
-            schema = wanted.json_schema.schema_
-        return await asyncio.to_thread(
-            self._guide_of, None if schema is None else json.dumps(schema)
-        )
-
-    def _compile(self, schema: str | None) -> JsonGuide:
-        return self.llm.json_guide(None if schema is None else json.loads(schema))
-
-
-_SAMPLING = (
-    "n",
-    "temperature",
-    "top_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "stop",
-    "seed",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "ignore_eos",
-    "include_stop",
-)
-"""Fields of a request that are sampling parameters under the same name."""
-
-
-def _bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
-    """Token ids, which JSON can only have as strings, as numbers.
-
-    Raises:
-        ApiError: one is no number.
-    """
-    if bias is None:
-        return None
-    for token_id in bias:
-        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 10):
-            raise ApiError(400, f"{token_id[:20]!r} is not a token id", param="logit_bias")
-    return {int(token_id): value for token_id, value in bias.items()}
 
 
 async def _attended(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

@@ -42,6 +42,7 @@ class LiveRequest:
     """A request that waits or runs. Bytes; `age_s` in seconds since it came.
 
     Attributes:
+        id: the engine's; "context" where a context is being made.
         state: "waiting", "running" or "swapped", as the first of its sequences.
         prompt_done: tokens of the prompt that are computed, or were there.
         pages: its own and those that it shares, each counted once.
@@ -169,7 +170,7 @@ def _live(request: Request, engine: Engine) -> LiveRequest:
     pages = list(_pages_of(request.sequences, engine.cache))
     n_longest = max(sequence.n_computed for sequence in request.sequences)
     return LiveRequest(
-        id=request.id,
+        id=request.id if request.makes is None else "context",  # its name is its owner's
         plan=str(request.plan),
         state=first.status.name.lower(),
         priority=request.priority,
