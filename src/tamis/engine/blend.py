@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KeysValues = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values that a layer makes of hidden states at positions: `Model.keys_values`."""
 
-_QUERIES = 128
+_QUERIES = 64
 """Scattered queries that attend at once: the tokens between them are looked at one by one."""
 
 

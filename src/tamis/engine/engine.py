@@ -751,11 +751,10 @@ class Engine:
             raise RequestError(f"there is a context {request_id!r} already")
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        bad = next((t for t in prompt if not 0 <= t < self.model.vocab_size), None)
+        vocab_size = self.model.vocab_size
+        bad = next((t for t in prompt if not 0 <= t < vocab_size), None)
         if bad is not None:
-            raise RequestError(
-                f"token id {bad} is outside the vocabulary of {self.model.vocab_size} tokens"
-            )
+            raise RequestError(f"token id {bad} is outside the vocabulary of {vocab_size} tokens")
         if len(prompt) >= longest:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens, but the model's context is "
