@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -137,18 +139,59 @@ def test_fields_of_different_pages_do_not_overlap(pool: PagePool) -> None:
         assert (pool.view(name)[ids] == rows).all()
 
 
-def test_pages_read_and_written_in_pieces(pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_read_and_copied_in_pieces(
+    pool: PagePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = pool.allocate(5)
     pool.arena.data.random_(generator=torch.Generator().manual_seed(0))
     whole = pool.read(ids)
     monkeypatch.setattr(pool_module, "_PIECE_BYTES", 2 * 320)
     assert torch.equal(pool.read(ids), whole)
-    others = pool.allocate(5)
-    pool.write(others, whole)
-    assert torch.equal(pool.read(others), whole)
+    monkeypatch.setattr(pool_module, "_CACHED_BYTES", 2 * 320)
+    elsewhere = PagePool(Arena(8_192, block_bytes=1_024), pool.format)
+    others = elsewhere.allocate(7)[[6, 0, 3, 2, 5]]
+    elsewhere.copy_from(pool, ids, others)
+    assert torch.equal(elsewhere.read(others), whole)
     more = pool.allocate(2)
     pool.copy(ids[[3, 1]], more)
     assert torch.equal(pool.read(more), whole[[3, 1]])
+
+
+class Notes:
+    """What a pool says of its pages."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.slots: set[int] = set()
+        pool.watch(self)
+
+    def changing(self, slots: np.ndarray) -> None:
+        self.slots |= set(slots.tolist())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pool, a, b: pool.scatter(a, "k", pool.gather(a, "k")),
+        lambda pool, a, b: pool.scatter_rows(a, np.int32([1]), "k", pool.gather(a, "k")[:, 1]),
+        lambda pool, a, b: pool.clear(a, ["k"]),
+        lambda pool, a, b: pool.clear_from(a, np.int32([2]), ["k"]),
+        lambda pool, a, b: pool.clear_rows(a, np.int32([2]), ["k"]),
+        lambda pool, a, b: pool.copy(b, a),
+        lambda pool, a, b: pool.move_tokens((b, np.int32([0])), (a, np.int32([0]))),
+        lambda pool, a, b: pool.move_tokens((a, np.int32([0])), (b, np.int32([0]))),
+        lambda pool, a, b: pool.release(a),
+    ],
+)
+def test_whoever_watches_hears_of_every_page_that_changes(
+    pool: PagePool, change: Callable[[PagePool, np.ndarray, np.ndarray], None]
+) -> None:
+    a, b, _ = np.split(pool.allocate(3), 3)
+    pool.retain(b)
+    mine, notes = pool.slots(a), Notes(pool)
+    pool.read(a), pool.gather(a, "k"), pool.retain(b), pool.release(b)
+    assert not notes.slots
+    change(pool, a, b)
+    assert set(mine.tolist()) <= notes.slots
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1000])

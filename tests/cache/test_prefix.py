@@ -30,6 +30,7 @@ from tamis.cache import (
     PrefixTree,
     SequenceCache,
 )
+from tests.cache import links
 from tests.cache import tokens as numbered
 
 PAGE = 4
@@ -314,6 +315,11 @@ class PrefixMachine(RuleBasedStateMachine):
             for row in np.flatnonzero(block.copied)
         )
         assert self.tree.host_bytes == self.cache.swap_bytes_in_use == copied
+        held: list[Counter[int]] = [Counter() for _ in self.cache.copies._pools]
+        for block in blocks:
+            for row, copy in zip(np.flatnonzero(block.copied), _copies(block), strict=True):
+                held[row_pools[row]][copy] += 1
+        links.check(self.cache, held)
         assert copied <= self.cache.swap_bytes
 
     def teardown(self) -> None:
@@ -326,7 +332,11 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.tree.idle_bytes == self.tree.bytes == self.cache.bytes_in_use
         self.tree.clear()
         assert self.tree.bytes == self.cache.bytes_in_use == 0
-        assert self.tree.host_bytes == self.cache.swap_bytes_in_use == 0
+        assert self.tree.host_bytes == self.cache.copies.host.arena.bytes_in_use == 0
+
+
+def _copies(block: Block) -> list[int]:
+    return [] if block.copy is None else block.copy.tolist()
 
 
 TestPrefixMachine = PrefixMachine.TestCase
@@ -489,7 +499,8 @@ def test_what_is_given_up_comes_back_from_host_memory(swapping: PagedCache) -> N
 
 def test_the_oldest_copies_are_forgotten_first() -> None:
     one = CacheLayout(DENSE, PAGE, float32).bytes_for(PAGE)
-    cache = PagedCache(CacheLayout(DENSE, PAGE, float32), 400_000, swap_bytes=2 * one)
+    layout = CacheLayout(DENSE, PAGE, float32)
+    cache = PagedCache(layout, 400_000, swap_bytes=layout.capacity_for(layout.peak_pages(2 * PAGE)))
     tree = PrefixTree(cache)
     for first in (10, 20, 30):
         computed(tree, cache, [first, 0, 0, 0])
@@ -499,6 +510,36 @@ def test_the_oldest_copies_are_forgotten_first() -> None:
     assert tree.forget_copies(1)
     assert tree.match([20, 0, 0, 0], 4) is None
     assert not tree.forget_copies(2 * one)
+
+
+def test_what_came_back_goes_again_without_being_copied(swapping: PagedCache) -> None:
+    tree = PrefixTree(swapping)
+    computed(tree, swapping, list(range(12)))
+    tree.evict(3)
+    copied = swapping.copies.copied_bytes
+    block = tree.match(range(13), 12)
+    assert block is not None
+    assert tree.fetch(block)
+    assert tree.evict(3) == 3
+    assert swapping.copies.copied_bytes == copied == tree.host_bytes
+    assert tree.fetch(block)
+    again = tree.begin(block)
+    assert again.contents(0, 1, "k").equal(numbered.keys(range(12), 1, 8))
+
+
+def test_a_prefix_and_a_sequence_that_go_have_one_copy(swapping: PagedCache) -> None:
+    tree = PrefixTree(swapping)
+    computed(tree, swapping, list(range(12)))
+    block = tree.match(range(13), 12)
+    assert block is not None
+    sequence = tree.begin(block)
+    sequence.swap_out()
+    tree.leave(block)
+    tree.evict(3)
+    assert tree.host_bytes == sequence.bytes == swapping.swap_bytes_in_use
+    tree.clear()
+    sequence.swap_in()
+    assert sequence.contents(0, 1, "k").equal(numbered.keys(range(12), 1, 8))
 
 
 def test_without_room_what_is_on_the_device_is_what_there_is() -> None:

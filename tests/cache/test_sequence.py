@@ -300,11 +300,12 @@ class TestSwap:
         assert cache.bytes_in_use == 0
 
     def test_the_host_budget_holds(self) -> None:
-        cache = make_cache(swap_bytes=2 * (2 * 320 + 256))
+        layout = CacheLayout(LAYERS, 4, torch.float32)
+        cache = make_cache(swap_bytes=layout.capacity_for(layout.peak_pages(6)))
         first, second = grown(cache, 6), grown(cache, 6)
         first.swap_out()
         in_use = cache.bytes_in_use
-        with pytest.raises(OutOfSwap, match="1792 bytes to swap out, 0 bytes"):
+        with pytest.raises(OutOfSwap, match="1792 bytes to swap out, 128 bytes"):
             second.swap_out()
         assert not second.swapped
         assert cache.bytes_in_use == in_use

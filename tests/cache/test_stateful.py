@@ -23,9 +23,10 @@ from tamis.cache import (
     PagedCache,
     PageFormat,
     SequenceCache,
+    Tier,
 )
 from tamis.cache.tables import PageTables
-from tests.cache import tokens
+from tests.cache import links, tokens
 
 LAYERS = (
     LayerShape(2, k_dim=8, v_dim=8),
@@ -288,8 +289,17 @@ class CacheMachine(RuleBasedStateMachine):
             sequence.swap_out()
         except OutOfSwap:
             assert self.state() == before
-            held = self.swapped_bytes(sequence, model)
-            assert self.cache.swap_bytes_in_use + held > self.cache.swap_bytes
+            held, new = self.copies_held(), Counter[int]()
+            ids, pools = (array.tolist() for array in self.used_pages(sequence))
+            for id, pool in set(zip(ids, pools, strict=True)):
+                [copy] = self.cache.copies._pools[pool].of(np.array([id]))
+                if copy < 0:
+                    new[pool] += 1
+                else:
+                    held[pool][copy] += 1
+            assert not self.room_for(new, self.cache.copies.host, held)
+        else:
+            assert sequence.bytes == self.swapped_bytes(sequence, model)
 
     @precondition(lambda self: any(sequence.swapped for sequence, _ in self.live))
     @rule(data=st.data())
@@ -372,12 +382,18 @@ class CacheMachine(RuleBasedStateMachine):
             assert sequence.bytes >= swapped
             assert sequence.bytes == swapped or not sequence.swapped
             assert sequence.host_bytes == model.store_bytes("host")
-        assert self.cache.swap_bytes_in_use == sum(
-            sequence.bytes for sequence, _ in self.live if sequence.swapped
-        )
         resident = [sequence for sequence, _ in self.resident()]
         if len(resident) > 1:
             assert self.cache.distinct_bytes(resident) == self.cache.bytes_in_use
+
+    @invariant()
+    def a_copy_is_what_its_page_is_and_none_is_lost(self) -> None:
+        copies, held = self.cache.copies, self.copies_held()
+        sizes = [pool.page_bytes for pool in self.cache.pools]
+        needed = sum(size * len(pages) for size, pages in zip(sizes, held, strict=False))
+        assert needed == self.cache.swap_bytes_in_use <= self.cache.swap_bytes
+        assert copies.host.arena.bytes_in_use == needed + copies.spare_bytes
+        links.check(self.cache, held)
 
     @invariant()
     def the_peak_is_the_most_that_was_in_use(self) -> None:
@@ -389,7 +405,7 @@ class CacheMachine(RuleBasedStateMachine):
             sequence.free()
         assert self.cache.bytes_in_use == 0
         assert self.cache.host_bytes_in_use == 0
-        assert self.cache.swap_bytes_in_use == 0
+        assert self.cache.copies.host.arena.bytes_in_use == 0
         for pool in self.cache.pools:
             assert pool.free_pages == self.cache.arena.n_blocks * pool.pages_per_block
 
@@ -480,12 +496,38 @@ class CacheMachine(RuleBasedStateMachine):
                 counts[pool].update(tables.tables[row, : tables.page_counts[row]].tolist())
         return counts
 
-    def room_for(self, pages: Counter[int]) -> bool:
+    def copies_held(self) -> list[Counter[int]]:
+        """How often each page of host memory is held by sequences that are swapped out."""
+        held: list[Counter[int]] = [Counter() for _ in self.cache.copies._pools]
+        for sequence, _ in self.live:
+            if sequence._swapped is not None:
+                swapped = sequence._swapped
+                for copy, pool in zip(swapped.copies.tolist(), swapped.pools.tolist(), strict=True):
+                    held[pool][copy] += 1
+        return held
+
+    def used_pages(self, sequence: SequenceCache) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and pools of the device pages of a sequence that hold tokens."""
+        store = sequence.stores["device"]
+        used = -(-sequence.lengths // self.layout.page_size)
+        ids, pools = zip(sequence.held(used), store.held(), strict=True)
+        return np.concatenate(ids), np.concatenate(pools)
+
+    def room_for(
+        self,
+        pages: Counter[int],
+        tier: Tier | None = None,
+        references: list[Counter[int]] | None = None,
+    ) -> bool:
         """Whether so many pages of each pool fit beside those in use, block by block."""
-        arena = self.cache.arena
-        blocks_left = arena.n_blocks
-        references = self.references(self.cache.device_tier)
-        for i, pool in enumerate(self.cache.pools):
+        tier = tier or self.cache.device_tier
+        references = references or self.references(tier)
+        arena, blocks_left = tier.arena, tier.arena.n_blocks
+        for i, pool in enumerate(tier.pools):
+            if not pool.pages_per_block:
+                if pages[i]:
+                    return False
+                continue
             held = {id * 64 // arena.block_bytes for id in references[i]}
             free_in_held = len(held) * pool.pages_per_block - len(references[i])
             more = max(0, pages[i] - free_in_held)

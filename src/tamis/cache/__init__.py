@@ -21,7 +21,8 @@ The life of a step, for every sequence of a batch:
 
 Between steps `keep` evicts, `take_out` does so for single tokens without moving the others,
 `retract` takes back rejected drafts, `fork` shares, `swap_out` and `swap_in` move a sequence to
-host memory and back, and `free` ends it. `keys_values`, `positions_of` and `write` read and
+host memory and back (`HostCopies` keeps what was copied, so that it need not be copied again), and
+`free` ends it. `keys_values`, `positions_of` and `write` read and
 overwrite cached tokens. Three places hold what a method adds:
 
 - *side columns*, fields of the live pages with a row per token (`column`, `set_column`,
@@ -43,12 +44,13 @@ fork copies it first.
 from tamis.cache.arena import Arena
 from tamis.cache.batch import BatchView
 from tamis.cache.common import CommonPrefix
+from tamis.cache.copies import OutOfSwap
 from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.layout import CacheLayout, LayerShape
 from tamis.cache.paged import PagedCache
 from tamis.cache.pool import OutOfPages, PageError, PagePool
 from tamis.cache.prefix import Block, PrefixTree
-from tamis.cache.sequence import OutOfSwap, SequenceCache
+from tamis.cache.sequence import SequenceCache
 from tamis.cache.store import Store, together
 from tamis.cache.tier import Tier
 

@@ -52,6 +52,9 @@ class BatchView:
         """
         in_place = in_place or [False] * len(sequences)
         added = [0 if there else n for n, there in zip(new_tokens, in_place, strict=True)]
+        for sequence, there in zip(sequences, in_place, strict=True):
+            if there:
+                sequence.tier.changing(*sequence.held())
         self._lacking: dict[int, tuple[int, int]] = {}  # layer: tokens added, tokens reserved
         for sequence, n in zip(sequences, added, strict=True):
             if n > sequence.room:

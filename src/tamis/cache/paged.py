@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tamis.cache.arena import Arena
+from tamis.cache.copies import HostCopies
 from tamis.cache.format import Field, PageFormat
 from tamis.cache.layout import CacheLayout
 from tamis.cache.pool import IntArray, PagePool
@@ -23,8 +24,7 @@ class PagedCache:
         layout: the rows, and the formats of pages without side columns.
         device_tier: the memory that attention reads, with the live pages of all sequences.
         host_tier: host memory for stores; none unless asked for.
-        swap_bytes: host memory that swapped sequences may take.
-        swap_bytes_in_use: what they take now; kept by the sequences.
+        copies: host memory for swapping.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class PagedCache:
         self.layout = layout
         self.device_tier = Tier(layout, capacity_bytes, device)
         self.host_tier = Tier(layout, host_bytes, "cpu")
-        self.swap_bytes = swap_bytes
-        self.swap_bytes_in_use = 0
+        self.copies = HostCopies(self.device_tier, Tier(layout, swap_bytes, "cpu"))
         self._rows_with: dict[tuple[Field, ...], tuple[CacheLayout, IntArray]] = {}
         self.rows_with(layout.columns)
 
@@ -75,6 +74,17 @@ class PagedCache:
     def host_bytes_in_use(self) -> int:
         """Bytes of the host tier's pages in use."""
         return self.host_tier.arena.bytes_in_use
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes of host memory for swapping."""
+        return self.copies.host.arena.capacity_bytes
+
+    @property
+    def swap_bytes_in_use(self) -> int:
+        """Bytes of it that swapped sequences and prefixes given up by the device take; copies of
+        pages that are on the device too, which go when memory is needed, do not count."""
+        return self.copies.needed_bytes
 
     @property
     def bytes_peak(self) -> int:

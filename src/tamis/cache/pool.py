@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,11 @@ from tamis.cache.arena import Arena
 from tamis.cache.format import UNIT, PageFormat
 
 _PIECE_BYTES = 1 << 26
+_CACHED_BYTES = 1 << 19  # what is read into a buffer and written from it stays in a core's cache
 _PIECE_TOKENS = 1 << 16
 
 IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class OutOfPages(Exception):  # noqa: N818 - an event for the scheduler, not a failure
@@ -24,6 +26,14 @@ class OutOfPages(Exception):  # noqa: N818 - an event for the scheduler, not a f
 
 class PageError(AssertionError):
     """The cache was misused: a page freed twice, an unknown id, a write without a reservation."""
+
+
+class Watcher(Protocol):
+    """Whoever must know when pages are no longer what they were (`PoolCopies`)."""
+
+    def changing(self, slots: IntArray) -> None:
+        """Note that pages are about to be written, or are freed: their slots, int32 [n], each
+        once or more often."""
 
 
 class PagePool:
@@ -51,6 +61,7 @@ class PagePool:
         self._n_free = 0
         self._pages_in_use = 0
         self._pages_peak = 0
+        self._watcher: Watcher | None = None
         self._views: dict[str, torch.Tensor] = {}
         self._words = self._indexable(self._page_words())
         self._rows = {
@@ -68,6 +79,11 @@ class PagePool:
     def bytes_peak(self) -> int:
         """The most bytes that were in use at once."""
         return self._pages_peak * self.page_bytes
+
+    @property
+    def n_slots(self) -> int:
+        """Pages that there could be, in use or not."""
+        return self._references.size
 
     @property
     def free_pages(self) -> int:
@@ -118,7 +134,7 @@ class PagePool:
         Raises:
             PageError: an id is not a page in use; nothing was changed.
         """
-        np.add.at(self._references, self._slots(ids), 1)
+        np.add.at(self._references, self.slots(ids), 1)
 
     def release(self, ids: IntArray) -> None:
         """Drop one reference of each page (one per occurrence in `ids`); free those without any.
@@ -127,7 +143,7 @@ class PagePool:
             PageError: an id is not a page in use, or occurs more often than it has references;
                 nothing was changed.
         """
-        slots = self._slots(ids)
+        slots = self.slots(ids)
         np.subtract.at(self._references, slots, 1)
         left = self._references[slots]
         if left.size and left.min() < 0:
@@ -137,6 +153,8 @@ class PagePool:
         n = freed.size
         if n == 0:
             return
+        if self._watcher is not None:
+            self._watcher.changing(freed)
         self._stack[self._n_free : self._n_free + n] = freed
         self._n_free += n
         np.subtract.at(self._used, freed // self.pages_per_block, 1)
@@ -149,7 +167,7 @@ class PagePool:
         Raises:
             PageError: an id is not a page in use.
         """
-        return self._references[self._slots(ids)]
+        return self._references[self.slots(ids)]
 
     def view(self, name: str) -> torch.Tensor:
         """All pages' rows of one field, `[page ids, rows, width]`; see PageFormat.view."""
@@ -164,14 +182,17 @@ class PagePool:
 
     def scatter(self, ids: IntArray, name: str, values: torch.Tensor) -> None:
         """Overwrite one field of whole pages with `values` [n, rows, width] of its dtype."""
+        self.changing(ids)
         self._rows[name][self._index(ids)] = self._elements(values)
 
     def scatter_rows(self, ids: IntArray, rows: IntArray, name: str, values: torch.Tensor) -> None:
         """Overwrite row rows[i] of page ids[i] in one field, `values` [n, width] of its dtype."""
+        self.changing(ids)
         self._rows[name][self._index(ids), self._index(rows)] = self._elements(values)
 
     def clear(self, ids: IntArray, names: Iterable[str]) -> None:
         """Set some fields of whole pages to zero."""
+        self.changing(ids)
         index = self._index(ids)
         for name in names:
             self._rows[name][index] = 0
@@ -186,6 +207,7 @@ class PagePool:
     def clear_rows(self, ids: IntArray, rows: IntArray, names: Iterable[str]) -> None:
         """Set row rows[i] of page ids[i] to zero, in those of the fields that have a row per
         token."""
+        self.changing(ids)
         index, within = self._index(ids), self._index(rows)
         for name in names:
             if self.format.field(name).rows is None:
@@ -193,7 +215,26 @@ class PagePool:
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages, byte for byte, to other pages."""
-        self._words[self._index(target)] = self._words[self._index(source)]
+        self.copy_from(self, source, target)
+
+    def copy_from(self, other: PagePool, source: IntArray, target: IntArray) -> None:
+        """Copy whole pages, byte for byte, of a pool of the same format.
+
+        Args:
+            other: that pool, in whatever memory.
+            source: its pages, int32 [n].
+            target: where they go in this pool, int32 [n], each once and none of them a source.
+        """
+        self.changing(target)
+        device = self.arena.data.device
+        # By indexing twice, there is a copy between, which is to stay in the processor's caches;
+        # on a device, it may not fit beside the arena as a whole.
+        on_host = {device.type, other.arena.data.device.type} == {"cpu"}
+        piece_bytes = _CACHED_BYTES if on_host else _PIECE_BYTES
+        source_index, target_index = other._index(source), self._index(target)
+        for piece in _pieces(source.size, piece_bytes // self.page_bytes):
+            words = torch.as_tensor(other._words[source_index[piece]]).to(device)
+            self._words[target_index[piece]] = self._indexable(words)
 
     def read(self, ids: IntArray) -> torch.Tensor:
         """A copy of whole pages in host memory, as opaque words, int64 [n, page_bytes / 8]."""
@@ -202,13 +243,6 @@ class PagePool:
         for piece in _pieces(ids.size, _PIECE_BYTES // self.page_bytes):
             words[piece] = torch.as_tensor(self._words[self._index(ids[piece])])
         return words
-
-    def write(self, ids: IntArray, words: torch.Tensor) -> None:
-        """Put back what `read` gave, into the pages `ids`."""
-        for piece in _pieces(ids.size, _PIECE_BYTES // self.page_bytes):
-            self._words[self._index(ids[piece])] = self._indexable(
-                words[piece].to(self.arena.data.device)
-            )
 
     def move_tokens(
         self,
@@ -228,6 +262,8 @@ class PagePool:
             at_once: whether all are read before any is written, so that tokens may change places;
                 it takes memory for a copy of them.
         """
+        self.changing(source[0])
+        self.changing(target[0])
         n = source[0].size
         for piece in _pieces(n, n if at_once else _PIECE_TOKENS):
             source_page, source_row = (self._index(array[piece]) for array in source)
@@ -236,6 +272,20 @@ class PagePool:
                 if field.rows is None:
                     rows = self._rows[field.name]
                     rows[target_page, target_row] = rows[source_page, source_row]
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have somebody told, from now on, before pages change or are freed."""
+        self._watcher = watcher
+
+    def changing(self, ids: IntArray) -> None:
+        """Note that pages are about to be other than they were, as every operation here does
+        itself: for those who write to the arena's bytes, and who hold fewer of a page's tokens.
+
+        Raises:
+            PageError: an id is not a page in use.
+        """
+        if self._watcher is not None:
+            self._watcher.changing(self.slots(ids))
 
     def give_back(self) -> None:
         """Return every empty block to the arena."""
@@ -269,8 +319,12 @@ class PagePool:
         ids: IntArray = block * self._block_units + page * self._page_units
         return ids
 
-    def _slots(self, ids: IntArray) -> IntArray:
-        """The slots of pages in use."""
+    def slots(self, ids: IntArray) -> IntArray:
+        """The dense numbers of pages in use, 0 .. n_slots - 1, int32 [n].
+
+        Raises:
+            PageError: an id is not a page in use.
+        """
         block, units = np.divmod(ids, self._block_units)
         page, rest = np.divmod(units, self._page_units)
         slots: IntArray = block * self.pages_per_block + page

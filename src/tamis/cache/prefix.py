@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
+from tamis.cache.copies import OutOfSwap
 from tamis.cache.format import Field
 from tamis.cache.paged import PagedCache
-from tamis.cache.pool import IntArray, OutOfPages, PageError
+from tamis.cache.pool import BoolArray, IntArray, OutOfPages, PageError
 from tamis.cache.sequence import SequenceCache
-
-BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 _TOKEN = np.dtype(np.int32)
 
@@ -31,7 +29,7 @@ class Block:
         tokens: its token ids, as bytes of int32.
         depth: blocks from the first to this one.
         ids: the page of each row, int32 [rows]; held: which of them it has, bool [rows].
-        copy: while it has none, a copy of those that it had in host memory, opaque words per pool;
+        copy: while it has none, the copies in host memory of those that it had, int32 [m];
             copied: of which rows, bool [rows].
         children: the blocks that follow it, by their tokens; residents: how many of them have
             pages. Blocks that follow a copied one are copied too.
@@ -47,7 +45,7 @@ class Block:
     ids: IntArray
     held: BoolArray
     copied: BoolArray
-    copy: dict[int, torch.Tensor] | None = None
+    copy: IntArray | None = None
     children: dict[bytes, Block] = field(default_factory=dict)
     residents: int = 0
     users: int = 0
@@ -72,8 +70,9 @@ class PrefixTree:
     sees (`SequenceCache.trim` says which).
 
     Blocks that nobody uses are given up from the leaves on: their pages are copied to host memory,
-    as far as the cache's `swap_bytes` go, and forgotten there when these are needed. Who goes first
-    is for GreedyDual-Size-Frequency
+    as far as the cache's `swap_bytes` go, and forgotten there when these are needed; what came back
+    from there goes again without being copied, unless its copy had to go (`HostCopies`). Who goes
+    first is for GreedyDual-Size-Frequency
     (Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy",
     HP Labs 1998): a block is worth `clock + hits * tokens / bytes`, the tokens that would have to
     be computed again per byte it holds, as often as they were asked for. The least worth goes
@@ -344,17 +343,20 @@ class PrefixTree:
     def _copy_to_host(self, block: Block) -> bool:
         """Copy a block's pages to host memory, older copies being forgotten for it; False if it has
         no pages, or there is too little memory."""
-        cache, n_bytes = self._cache, self._bytes(block)
-        free = cache.swap_bytes - cache.swap_bytes_in_use
-        if n_bytes == 0 or (n_bytes > free and not self.forget_copies(n_bytes - free)):
-            return False
-        rows = block.held
+        cache, n_bytes, rows = self._cache, self._bytes(block), block.held
         pools = cache.rows_with(block.columns)[1][rows]
-        block.copy = cache.device_tier.read(block.ids[rows], pools)
-        block.copied = rows.copy()
-        self._copies[block] = None
-        self._count_copy(n_bytes)
-        return True
+        while n_bytes:
+            try:
+                block.copy = cache.copies.hold(block.ids[rows], pools, _all_final(pools))
+            except OutOfSwap as error:
+                if not self.forget_copies(error.missing):
+                    return False
+            else:
+                block.copied = rows.copy()
+                self._copies[block] = None
+                self.host_bytes += n_bytes
+                return True
+        return False
 
     def _bring_back(self, block: Block) -> bool:
         """Move a block, whose parent has pages, to the device; False if there is no room."""
@@ -370,23 +372,26 @@ class PrefixTree:
                     return False
             else:
                 break
-        cache.device_tier.write(ids, pools, block.copy)
+        cache.copies.restore(block.copy, pools, _all_final(pools), ids)
         block.ids[block.copied] = ids
         block.held = block.copied.copy()
-        self._forget_copy(block)
+        self._without_copy(block)
         self._count(block, self._bytes(block))
         parent.residents += 1
         return True
 
     def _forget_copy(self, block: Block) -> None:
-        self._count_copy(-int(self._row_bytes[block.columns][block.copied].sum()))
+        assert block.copy is not None
+        pools = self._cache.rows_with(block.columns)[1][block.copied]
+        self._cache.copies.drop(block.copy, pools)
+        self._without_copy(block)
+
+    def _without_copy(self, block: Block) -> None:
+        """Note that the tree holds a block's copies no more."""
+        self.host_bytes -= int(self._row_bytes[block.columns][block.copied].sum())
         block.copy = None
         block.copied = np.zeros_like(block.copied)
         del self._copies[block]
-
-    def _count_copy(self, change: int) -> None:
-        self.host_bytes += change
-        self._cache.swap_bytes_in_use += change
 
     def _remove(self, block: Block) -> None:
         """Take a block without pages out of the tree, and the copies that follow it."""
@@ -441,6 +446,11 @@ def _no_pages(n_rows: int) -> tuple[IntArray, BoolArray, BoolArray]:
     """Ids, held and copied of a block that has no pages."""
     nothing = np.zeros(n_rows, dtype=np.int32)
     return nothing, nothing.astype(np.bool_), nothing.astype(np.bool_)
+
+
+def _all_final(pools: IntArray) -> BoolArray:
+    """Whether the pages of the tree are full, bool [n]."""
+    return np.ones(pools.size, dtype=np.bool_)
 
 
 def _as_bytes(tokens: Sequence[int]) -> bytes:

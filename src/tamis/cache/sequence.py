@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,9 @@ from tamis.cache import moves
 from tamis.cache.compaction import Compaction, plan_compaction, plan_retraction
 from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.live import LivePages
-from tamis.cache.pool import IntArray, PageError, ragged_arange
+from tamis.cache.pool import BoolArray, IntArray, PageError, ragged_arange
 from tamis.cache.store import Store
-from tamis.cache.tables import PageTables, SwappedPages
+from tamis.cache.tables import PageTables
 
 if TYPE_CHECKING:
     from tamis.cache.paged import PagedCache
@@ -26,8 +27,22 @@ _PIECE = 4096
 """Tokens of one layer that are copied from one sequence to another at once."""
 
 
-class OutOfSwap(Exception):  # noqa: N818 - an event for the scheduler, not a failure
-    """The host memory for swapped sequences is full; nothing was changed."""
+@dataclass(frozen=True)
+class SwappedPages:
+    """Pages of a sequence that lie in host memory, each once however many rows hold it.
+
+    Attributes:
+        copies: where they lie there, int32 [m].
+        pools: their pools, int32 [m].
+        final: which of them are full or a store's, bool [m].
+        place: which of them each table entry is, table after table and row after row, integers
+            [entries].
+    """
+
+    copies: IntArray
+    pools: IntArray
+    final: BoolArray
+    place: np.ndarray[tuple[int], np.dtype[np.intp]]
 
 
 class SequenceCache(LivePages):
@@ -68,13 +83,13 @@ class SequenceCache(LivePages):
         self._until_trim = 0  # tokens that may be appended before a window drops a page
         # Rows whose partly filled last page may be shared, or hold columns of tokens now gone.
         self._check_tails = np.zeros(self.layout.n_rows, dtype=np.bool_)
-        self._swapped: list[SwappedPages] = []
+        self._swapped: SwappedPages | None = None
         self._settle()
 
     @property
     def swapped(self) -> bool:
         """Whether the pages lie in host memory."""
-        return bool(self._swapped)
+        return self._swapped is not None
 
     @property
     def room(self) -> int:
@@ -124,11 +139,12 @@ class SequenceCache(LivePages):
         ids = self.tier.allocate(np.concatenate([fresh, self.row_pools[unsure[shared]]]))
         self._append_pages(rows, extra, ids[: fresh.size])
         self._replace(unsure[shared], tails[shared], ids[fresh.size :])
+        written = self.tables[unsure, tails]
+        self.tier.changing(written, self.row_pools[unsure])  # full once, it may have a copy
         if self._column_names:
             self.tier.clear(ids[: fresh.size], fresh, self._column_names)
             ends = self.lengths[unsure] % page_size
-            ids = self.tables[unsure, tails]
-            self.tier.clear_from(ids, ends, self.row_pools[unsure], self._column_names)
+            self.tier.clear_from(written, ends, self.row_pools[unsure], self._column_names)
         self._check_tails[span] = False
         self._settle()
 
@@ -379,45 +395,48 @@ class SequenceCache(LivePages):
     def swap_out(self) -> None:
         """Copy the device's pages to host memory and free them. Sharing with forks is given up.
 
-        Stores of the device tier go with the live pages; those of the host tier stay.
+        Stores of the device tier go with the live pages; those of the host tier stay. Pages of
+        which host memory holds a copy since an earlier time are not copied again.
 
         Raises:
             OutOfSwap: the cache's `swap_bytes` do not hold them; nothing was changed.
         """
         self._require_resident()
-        cache, used = self.cache, self._used()
-        live_bytes = self._bytes(used)
-        n_bytes = live_bytes + sum(store.bytes for store in self._device_stores())
-        if cache.swap_bytes_in_use + n_bytes > cache.swap_bytes:
-            free = cache.swap_bytes - cache.swap_bytes_in_use
-            raise OutOfSwap(f"{n_bytes} bytes to swap out, {free} bytes of host memory free")
-        counts = [used, *(store.page_counts for store in self._device_stores())]
-        parts = list(zip(self._device_tables(), counts, strict=True))
-        self._swapped = [part.to_host(pages) for part, pages in parts]
-        for part, pages in parts:
+        used, full = self._used(), self.lengths // self.layout.page_size
+        parts = [(self, used), *((store, store.page_counts) for store in self._device_stores())]
+        ids, pools = map(np.concatenate, zip(*(part.held(n) for part, n in parts), strict=True))
+        final = np.ones(ids.size, dtype=np.bool_)
+        final[: used.sum()] = ragged_arange(used) < np.repeat(full, used)
+        ids, first, place = np.unique(ids, return_index=True, return_inverse=True)
+        pools, final = pools[first], final[first]
+        copies = self.cache.copies.hold(ids, pools, final)
+        self._swapped = SwappedPages(copies, pools, final, place)
+        for part, n in parts:
             self.tier.release(*part.held())
-            part.page_counts = pages
-        cache.swap_bytes_in_use += n_bytes
-        self._live_bytes = live_bytes
+            part.page_counts = n
+        self._live_bytes = self._bytes(used)
         self._room = 0
         self._absent = "swapped out"
 
     def swap_in(self) -> None:
-        """Bring swapped pages back to the device.
+        """Bring swapped pages back to the device. The copies of full ones stay as long as there is
+        room for them (`HostCopies`).
 
         Raises:
             OutOfPages: too few pages are free; nothing was changed.
         """
-        if not self.swapped:
+        swapped = self._swapped
+        if swapped is None:
             raise PageError("swap_in of a sequence that is not swapped out")
-        pools = [part.pools for part in self._swapped]
-        ids = self.tier.allocate(np.concatenate(pools))
-        ends = np.cumsum([part.size for part in pools])[:-1]
-        parts = zip(self._device_tables(), self._swapped, np.split(ids, ends), strict=True)
-        for tables, swapped, of_part in parts:
-            tables.from_host(swapped, of_part)
-        self.cache.swap_bytes_in_use -= self.bytes
-        self._swapped = []
+        ids = self.tier.allocate(swapped.pools)
+        self.cache.copies.restore(swapped.copies, swapped.pools, swapped.final, ids)
+        more = np.bincount(swapped.place, minlength=ids.size) - 1
+        self.tier.retain(np.repeat(ids, more), np.repeat(swapped.pools, more))
+        tables = list(self._device_tables())
+        ends = np.cumsum([part.page_counts.sum() for part in tables])[:-1]
+        for part, of_part in zip(tables, np.split(ids[swapped.place], ends), strict=True):
+            part.hold(of_part)
+        self._swapped = None
         self._absent = None
         self._may_share[:] = False
         self._settle()
@@ -426,9 +445,9 @@ class SequenceCache(LivePages):
         """Give everything back, on the device or in host memory; again does nothing."""
         if self._absent == "freed":
             return
-        if self.swapped:
-            self.cache.swap_bytes_in_use -= self.bytes
-            self._swapped = []
+        if self._swapped is not None:
+            self.cache.copies.drop(self._swapped.copies, self._swapped.pools)
+            self._swapped = None
             for tables in self._device_tables():
                 tables.page_counts[:] = 0  # the pages were freed when they were swapped out
         for store in self.stores.values():

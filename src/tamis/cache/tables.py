@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from tamis.cache.format import PagedKV
 from tamis.cache.pool import IntArray, PagePool, ragged_arange
 from tamis.cache.tier import Tier
-
-
-@dataclass(frozen=True)
-class SwappedPages:
-    """Pages that were copied to host memory, each once however many rows hold it.
-
-    Attributes:
-        words: per pool the pages' contents.
-        pools: the pages' pools, int32 [m].
-        place: which of them each table entry is, row after row, integers [entries].
-    """
-
-    words: dict[int, torch.Tensor]
-    pools: IntArray
-    place: np.ndarray[tuple[int], np.dtype[np.intp]]
 
 
 class PageTables:
@@ -113,20 +96,11 @@ class PageTables:
         self.page_counts[:] = 0
         self.lengths[:] = 0
 
-    def to_host(self, counts: IntArray) -> SwappedPages:
-        """A copy of each row's first `counts` pages; nothing is changed."""
-        ids, pools = self.held(counts)
-        distinct, first, place = np.unique(ids, return_index=True, return_inverse=True)
-        return SwappedPages(self.tier.read(distinct, pools[first]), pools[first], place)
-
-    def from_host(self, swapped: SwappedPages, ids: IntArray) -> None:
-        """Fill freshly allocated pages, int32 [m], with what `to_host` copied, and hold them in
-        the places of the old ones."""
-        self.tier.write(ids, swapped.pools, swapped.words)
-        more = np.bincount(swapped.place, minlength=ids.size) - 1
-        self.tier.retain(np.repeat(ids, more), np.repeat(swapped.pools, more))
+    def hold(self, ids: IntArray) -> None:
+        """Hold other pages in place of all those that there are, in the order of `held`, int32
+        [sum of page_counts]; the caller sees to their references and those of the old ones."""
         rows = self._repeat_rows(self.page_counts)
-        self.tables[rows, ragged_arange(self.page_counts)] = ids[swapped.place]
+        self.tables[rows, ragged_arange(self.page_counts)] = ids
 
     def _append_pages(self, rows: IntArray, counts: IntArray, ids: IntArray) -> None:
         """Add pages after those of the (distinct) rows: counts[i] of the `ids` to rows[i]."""

@@ -11,7 +11,7 @@ import torch
 from tamis.cache.arena import Arena
 from tamis.cache.format import PageFormat
 from tamis.cache.layout import CacheLayout
-from tamis.cache.pool import IntArray, OutOfPages, PagePool
+from tamis.cache.pool import BoolArray, IntArray, OutOfPages, PagePool
 from tamis.errors import ConfigError
 
 
@@ -52,9 +52,14 @@ class Tier:
                     f"of {self.arena.capacity_bytes} bytes, which is cut into blocks of "
                     f"{self.arena.block_bytes} bytes; {enough} bytes would do"
                 )
-            self._numbers[format] = len(self.pools)
-            self.pools.append(PagePool(self.arena, format))
+            self.add_pool(format)
         return self._numbers[format]
+
+    def add_pool(self, format: PageFormat) -> PagePool:
+        """Make the pool of a format that has none; it stays empty where a block holds no page."""
+        self._numbers[format] = len(self.pools)
+        self.pools.append(PagePool(self.arena, format))
+        return self.pools[-1]
 
     def can_allocate(self, counts: IntArray) -> bool:
         """Whether counts[i] pages of every pool `i` can be allocated together."""
@@ -93,7 +98,7 @@ class Tier:
         for _, pool, of_pool in self._split(pools):
             pool.release(ids[of_pool])
 
-    def shared(self, ids: IntArray, pools: IntArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def shared(self, ids: IntArray, pools: IntArray) -> BoolArray:
         """Which of the pages have more than one reference, bool [n]."""
         shared = np.zeros(ids.size, dtype=np.bool_)
         for _, pool, of_pool in self._split(pools):
@@ -102,8 +107,17 @@ class Tier:
 
     def copy(self, source: IntArray, target: IntArray, pools: IntArray) -> None:
         """Copy whole pages to other pages of the same formats."""
+        self.copy_from(self, source, target, pools)
+
+    def copy_from(self, other: Tier, source: IntArray, target: IntArray, pools: IntArray) -> None:
+        """Copy whole pages of a tier whose pools have the same numbers; see PagePool.copy_from."""
+        for i, pool, of_pool in self._split(pools):
+            pool.copy_from(other.pools[i], source[of_pool], target[of_pool])
+
+    def changing(self, ids: IntArray, pools: IntArray) -> None:
+        """Note that pages are about to be other than they were; see PagePool.changing."""
         for _, pool, of_pool in self._split(pools):
-            pool.copy(source[of_pool], target[of_pool])
+            pool.changing(ids[of_pool])
 
     def move_tokens(
         self,
@@ -139,15 +153,6 @@ class Tier:
         """Set row rows[i] of page ids[i] to zero; see PagePool.clear_rows."""
         for _, pool, of_pool in self._split(pools):
             pool.clear_rows(ids[of_pool], rows[of_pool], names)
-
-    def read(self, ids: IntArray, pools: IntArray) -> dict[int, torch.Tensor]:
-        """A copy of whole pages in host memory: opaque words per pool, in the order of `ids`."""
-        return {i: pool.read(ids[of_pool]) for i, pool, of_pool in self._split(pools)}
-
-    def write(self, ids: IntArray, pools: IntArray, words: dict[int, torch.Tensor]) -> None:
-        """Put back what `read` gave into other pages of the same formats."""
-        for i, pool, of_pool in self._split(pools):
-            pool.write(ids[of_pool], words[i])
 
     def bytes_of(self, pools: IntArray) -> int:
         """Bytes of one page of each of the pools."""

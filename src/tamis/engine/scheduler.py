@@ -373,8 +373,8 @@ class Scheduler:
         while True:
             try:
                 sequence.cache.swap_out()
-            except OutOfSwap:
-                if not self.prefixes.tree.forget_copies(sequence.cache.bytes):
+            except OutOfSwap as error:
+                if not self.prefixes.tree.forget_copies(error.missing):
                     return False
             else:
                 return True
