@@ -42,7 +42,9 @@ class TransformersOn(Transformers):
 
     def __init__(self, directory: Path, device: str, dtype: torch.dtype) -> None:
         super().__init__(directory)
-        self.hf.to(device=device, dtype=dtype)
+        self.hf.to(device)
+        if self.hf.dtype != dtype:
+            self.hf.to(dtype)
         self._device = device
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> None:

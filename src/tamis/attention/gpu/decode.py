@@ -16,6 +16,8 @@ from tamis.attention.gpu.tiles import (
     padded,
     page_fields,
     page_of,
+    tile_bytes,
+    tile_rows,
 )
 from tamis.attention.pattern import TokenList
 from tamis.cache.format import PagedKV
@@ -24,7 +26,7 @@ CHUNK = 512
 """Tokens of one program: results depend on it, and on nothing else about the batch."""
 
 TILE = 64
-"""Tokens that meet the queries at once."""
+"""The most tokens that meet the queries at once."""
 
 
 def decode(
@@ -72,7 +74,9 @@ def decode(
         V_DIM=v_dim,
         V_PADDED=padded(v_dim),
         CHUNK=CHUNK,
-        TILE=TILE,
+        TILE=tile_rows(
+            TILE, (padded(k_dim) + padded(v_dim)) * q.element_size(), tile_bytes(q.device)
+        ),
         ITEM=q.element_size(),
         LISTED=tokens is not None,
         WINDOWED=window is not None,

@@ -20,14 +20,18 @@ from tamis.attention.gpu.tiles import (
     padded,
     page_fields,
     page_of,
+    tile_rows,
 )
 from tamis.cache.format import UNIT, PagedKV
 
 KEYS = 64
-"""Cached tokens of one program."""
+"""The most cached tokens, or pages, of one program."""
 
 QUERIES = 64
-"""Queries that meet them at once."""
+"""The most queries that meet them at once."""
+
+TILE_BYTES = 1 << 14
+"""Of queries, and of keys, in such a meeting."""
 
 
 def chunk_scores(
@@ -139,7 +143,8 @@ def _fill_bounds(
     if not n or not most:
         return
     group, item = q_heads // kv_heads, q.element_size()
-    _bounds[(n * kv_heads, -(-most // KEYS))](
+    pages = tile_rows(KEYS, padded(k_dim) * item, TILE_BYTES)
+    _bounds[(n * kv_heads, -(-most // pages))](
         q,
         kv.data.view(q.dtype),
         kv.tables,
@@ -156,7 +161,7 @@ def _fill_bounds(
         GROUP_PADDED=padded(group),
         K_DIM=k_dim,
         K_PADDED=padded(k_dim),
-        PAGES=KEYS,
+        PAGES=pages,
         PAGE=kv.format.page_size,
         UNIT=UNIT // item,
         LOW_OFFSET=kv.format.offsets[low] // item,
@@ -240,7 +245,8 @@ def _run(
         programs, queries = q.shape[0], q.shape[1]
     if not width or not programs:
         return
-    _observe[(programs, -(-width // KEYS))](
+    rows = tile_rows(KEYS, padded(q.shape[2]) * q.element_size(), TILE_BYTES)
+    _observe[(programs, -(-width // rows))](
         q,
         lse if lse is not None else out,
         positions.int().contiguous() if positions is not None else kv.lengths,
@@ -254,8 +260,8 @@ def _run(
         KV_HEADS=kv_heads,
         K_DIM=q.shape[2],
         K_PADDED=padded(q.shape[2]),
-        QUERIES=min(QUERIES, padded(queries)),
-        KEYS=KEYS,
+        QUERIES=min(QUERIES, rows, padded(queries)),
+        KEYS=rows,
         ITEM=q.element_size(),
         OF_ROWS=of_rows,
         WEIGHTS=lse is not None,

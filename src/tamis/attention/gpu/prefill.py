@@ -17,15 +17,17 @@ from tamis.attention.gpu.tiles import (
     padded,
     page_fields,
     page_of,
+    tile_bytes,
+    tile_rows,
 )
 from tamis.attention.pattern import SparsePattern
 from tamis.cache.format import PagedKV, PageFormat
 
 QUERIES = 64
-"""Query tokens of one program."""
+"""The most query tokens of one program."""
 
 KEYS = 64
-"""Keys that they meet at once."""
+"""The most keys that they meet at once."""
 
 NEVER = tl.constexpr(-(2**31))
 """The bound of indices of a sweep that is not at work."""
@@ -55,7 +57,10 @@ def prefill(
     if past is None:
         past = _nothing(k, v)
     block = tokens if pattern is None else pattern.block
-    tiles_per_block = -(-block // QUERIES)
+    item = q.element_size()
+    queries = tile_rows(QUERIES, padded(k_dim) * item, tile_bytes(q.device))
+    keys = tile_rows(KEYS, (padded(k_dim) + padded(v_dim)) * item, tile_bytes(q.device))
+    tiles_per_block = -(-block // queries)
     q_blocks = -(-tokens // block)
     lists = _lists(pattern, past, tokens)
     _prefill[(q_blocks * tiles_per_block, q_heads)](
@@ -79,9 +84,9 @@ def prefill(
         K_PADDED=padded(k_dim),
         V_DIM=v_dim,
         V_PADDED=padded(v_dim),
-        QUERIES=QUERIES,
-        KEYS=KEYS,
-        ITEM=q.element_size(),
+        QUERIES=queries,
+        KEYS=keys,
+        ITEM=item,
         OWN=own,
         SPARSE=pattern is not None,
         WINDOWED=window is not None,

@@ -24,6 +24,23 @@ def padded(n: int) -> int:
     return max(MIN_DOT, 1 << (n - 1).bit_length())
 
 
+def tile_bytes(device: torch.device) -> int:
+    """Bytes of a tile of keys and values, of which a multiprocessor's shared memory holds several:
+    100 KB on small GPUs, 164 KB and more on those of data centres."""
+    if device.type != "cuda":
+        return 1 << 15
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 1 << 15 if shared > 1 << 17 else 1 << 14
+
+
+def tile_rows(most: int, row_bytes: int, n_bytes: int) -> int:
+    """Rows of a tile that take at most `n_bytes`: a power of two, MIN_DOT to `most`."""
+    rows = most
+    while rows > MIN_DOT and rows * row_bytes > n_bytes:
+        rows //= 2
+    return rows
+
+
 def page_fields(kv: PagedKV, dtype: torch.dtype) -> dict[str, object]:
     """A PagedKV's arguments of the kernels, keys and values being of `dtype`."""
     format, item = kv.format, dtype.itemsize
