@@ -71,6 +71,19 @@ def test_requests_go_on_from_a_document_that_is_computed_once(empty: Server, llm
     assert empty.llm.engine.stats.prefill_tokens - before == len(whole) - len(tokens)
 
 
+def test_several_completions_of_several_prompts_go_on_from_one(empty: Server) -> None:
+    add(empty, id="book")
+    fields: dict[str, Any] = {"max_tokens": 6, "contexts": ["book"], "n": 2, "echo": True}
+    both = empty.complete([" When?", " Who?"], **fields).json()
+    texts = [choice["text"] for choice in both["choices"]]
+    assert texts[0] == texts[1]  # greedy
+    for prompt, text in zip([" When?", " Who?"], texts[::2], strict=True):
+        assert text.startswith(prompt)  # what goes on is repeated, the document is not
+        assert empty.complete(prompt, **fields).json()["choices"][0]["text"] == text
+    scored = empty.complete(" When?", **fields, logprobs=1)
+    assert "does not compute its prompt" in message(scored, 400)
+
+
 def test_a_conversation_goes_on_from_a_document_under_its_plan(empty: Server, llm: LLM) -> None:
     kept = add(empty, id="book", kv_plan="streamingllm(budget=32)").json()
     assert kept["kv_bytes"] < kept["kv_bytes_dense"]

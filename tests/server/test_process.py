@@ -137,6 +137,7 @@ def test_flags_beat_the_environment_and_that_the_file(start: Start, tmp_path: Pa
     config = tmp_path / "tamis.toml"
     config.write_text(
         'name = "from-file"\nmax_output_tokens = 3\nmax-choices = 2\n'
+        'context_memory = "1KiB"\n'
         'api_key = ["file-key", "other-key"]\n'
     )
     env = {"TAMIS_MAX_OUTPUT_TOKENS": "4", "TAMIS_NAME": "from-env"}
@@ -149,6 +150,9 @@ def test_flags_beat_the_environment_and_that_the_file(start: Start, tmp_path: Pa
         answer = httpx.post(url, json=body, headers=header).json()
         assert answer["usage"]["completion_tokens"] == 4
         assert httpx.post(url, json={**body, "n": 3}, headers=header).status_code == 400
+        url = f"{process.url}/v1/contexts"
+        answer = httpx.post(url, json={"document": "x"}, headers=header).json()
+        assert answer["error"]["code"] == "context_memory_exceeded"
 
 
 @pytest.mark.parametrize(

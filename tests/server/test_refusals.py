@@ -289,6 +289,7 @@ def test_any_plan_may_be_allowed(serve: Serve) -> None:
         ({"max_requests": 0}, "max_requests"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
         ({"max_wait": 0}, "max_wait"),
+        ({"context_memory": -1}, "context_memory"),
         ({"api_keys": ("",)}, "API key"),
         ({"log_format": "xml"}, "log_format"),
         ({"allow_plans": ("snapkw",)}, "snapkw"),
