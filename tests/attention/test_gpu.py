@@ -147,6 +147,25 @@ def test_prefill_over_the_past_alone(gpu: SimpleNamespace) -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_wide_heads_have_smaller_tiles(gpu: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    cached = naive.cached([[90, 40]], page_size=16, k_dim=256, v_dim=256, dtype=torch.float32)
+    q, k = torch.randn(70, 4, 256), torch.randn(70, 2, 256)
+    how = {"scale": 0.06, "positions": torch.arange(90, 160)}
+    close(
+        gpu.prefill(q, k, k, cached.kv, **how), naive.prefill(q, k, k, cached, **how), torch.float32
+    )
+    close(
+        gpu.decode(q[:1], cached.kv, scale=0.06),
+        naive.decode(q[:1], cached, scale=0.06),
+        torch.float32,
+    )
+    observed = {**how, "window": None, "softcap": None}
+    got = gpu.observe.chunk_scores(q, cached.kv, 90, **observed)
+    want = observe_reference.chunk_scores(q, cached.kv, 90, **observed)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("block", [16, 64, 100])
 @pytest.mark.parametrize("past", [None, [40, 130]])
 def test_prefill_by_a_pattern(gpu: SimpleNamespace, block: int, past: list[int] | None) -> None:
