@@ -54,10 +54,10 @@ class TransformersOn(Transformers):
     def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
         """The most likely tokens after a prompt."""
         self.prefill(prompt)
-        tokens = [self.next.item()]
+        tokens = [int(self.next.item())]
         while len(tokens) < n_tokens:
             self.decode(1)
-            tokens.append(self.next.item())
+            tokens.append(int(self.next.item()))
         return tokens
 
 
