@@ -142,6 +142,30 @@ def test_other_stages_that_change_nothing_change_nothing_here(llama: Model, othe
         assert output.token_ids == wanted.token_ids
 
 
+@pytest.mark.parametrize("chunk", [2048, 7])
+def test_queries_that_are_computed_again_are_nobodys_question(llama: Model, chunk: int) -> None:
+    """Methods that look at the last queries see the question's, in every layer the same ones."""
+    llm = make(llama, max_batch_tokens=chunk)
+    plan = Plan.parse("cacheblend(recompute=0.3) + snapkv(budget=4096, window=16)")
+    llm.engine.add_request(QUESTION, TEN, plan, context=add(llm))
+    while llm.engine.scheduler.waiting or llm.engine.scheduler.running[0].in_prompt:
+        llm.engine.step()
+    life = llm.engine.scheduler.running[0].life
+    assert life is not None
+    n = len(WHOLE) + len(QUESTION)
+    assert life.query_positions == list(range(len(WHOLE), n))
+    assert {len(layer.queries) for layer in life.layers if layer.queries is not None} == {9}
+
+
+def test_streams_join_contexts_too(llama: Model) -> None:
+    llm = make(llama)
+    contexts = add(llm)
+    [wanted] = llm.generate([QUESTION], TEN, "cacheblend()", context=contexts)
+    *_, last = llm.stream(QUESTION, TEN, "cacheblend()", context=contexts)
+    assert last.output is not None
+    assert last.output.token_ids == wanted.token_ids
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_branches_and_preempted_requests_go_on_where_they_were(
