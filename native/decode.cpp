@@ -1,4 +1,4 @@
-// The work of a decode call is cut into chunks of equal length, whatever heads they belong to, so
+// The work of a decode call is cut into chunks of similar length, whatever heads they belong to, so
 // that one long head among short ones leaves no core idle. Each chunk gives a partial attention;
 // whoever computes the last chunk of a head merges the head's partials, in order, so threads wait
 // for each other only at the end. Chunks depend on lengths alone, so the result is the same for
@@ -18,8 +18,8 @@
 namespace tamis {
 namespace {
 
-// Tokens per chunk: small enough to balance, large enough to make merging free.
-constexpr int64_t kChunk = 512;
+// The most chunks that a thread takes in a row.
+constexpr int64_t kRun = 8;
 
 // Below this many bytes of keys and values waking other threads costs more than they save.
 constexpr int64_t kParallelBytes = 1 << 16;
@@ -31,7 +31,8 @@ struct Span {
   int64_t begin, end;
   int64_t first_chunk;
 
-  int64_t chunks() const { return (end - begin + kChunk - 1) / kChunk; }
+  int64_t chunk() const { return chunk_tokens(end - begin); }
+  int64_t chunks() const { return (end - begin + chunk() - 1) / chunk(); }
 };
 
 // First token of `pages` in [0, end) at position `oldest` or later; positions ascend.
@@ -117,15 +118,19 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
     if (spans[s].chunks() == 0) merge_span(a, spans[s], partials, s, scratch.get());
   }
 
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  // A thread takes several chunks in a row, so that it can prefetch across their borders.
+  const int64_t run = std::clamp(chunks / (8 * threads), int64_t{1}, kRun);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, run)
   for (int64_t c = 0; c < chunks; ++c) {
     float* const mine = scratch.get() + thread_index() * scratch_size;
     const int64_t s = span_of[c], row = s / a.kv_heads, head = s % a.kv_heads;
     const Span& span = spans[s];
-    const int64_t begin = span.begin + (c - span.first_chunk) * kChunk;
-    const int64_t end = begin + kChunk < span.end ? begin + kChunk : span.end;
+    const int64_t begin = span.begin + (c - span.first_chunk) * span.chunk();
+    const int64_t end = std::min(begin + span.chunk(), span.end);
+    const bool ends_run = c % run == run - 1;
+    const bool warm = c % run != 0 && c != span.first_chunk;
     const int64_t first_q = row * a.q_row_stride + head * group * a.q_head_stride;
-    attend({span.pages, span.tokens, begin, end, a.k_offset, a.v_offset,
+    attend({span.pages, span.tokens, begin, end, ends_run ? end : span.end, warm, a.k_offset, a.v_offset,
             a.q + first_q * size_of(a.dtype), a.q_head_stride, group, a.k_dim, a.v_dim, a.scale,
             a.softcap},
            mine, partials.of(c));

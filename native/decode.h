@@ -14,6 +14,8 @@ struct Range {
   Pages pages;
   const int32_t* tokens;       // those to read, ascending; null for all
   int64_t begin, end;          // tokens, or indices of `tokens`
+  int64_t ahead;               // until where it goes on after this range, at least `end`
+  bool warm;                   // whether the range before this one ended here
   int64_t k_offset, v_offset;  // of the fields in a page
   const void* q;               // [group, k_dim]
   int64_t q_stride;            // elements between query heads

@@ -40,7 +40,7 @@ class DecodeKernel {
   Unit weights_[kMostQueries][kBlock];  // of the block, packed
   Rows blocks_[2];
   const Rows* rows_ = &blocks_[0];  // of the block at work
-  const Rows* next_ = &blocks_[1];  // of the block that is prefetched meanwhile
+  RowsAhead<T> keys_ahead_, values_ahead_;  // of the next block
 
  public:
   DecodeKernel(const Range& range, float* scratch, const Partial& partial)
@@ -61,15 +61,22 @@ class DecodeKernel {
     }
     for (int64_t i = 0; i < range_.group * v_pad_; ++i) partial_.sums[i] = 0.0f;
     int64_t ready = 0;  // index of the block at work
-    find_rows(range_.begin, &blocks_[0]);
-    for (int64_t i = 0; i < blocks_[0].count; ++i) {
-      prefetch_row<Isa>(blocks_[0].k[i], range_.k_dim);
-      prefetch_row<Isa>(blocks_[0].v[i], range_.v_dim);
+    find_rows(range_.begin, range_.end, &blocks_[0]);
+    for (int64_t i = 0; !range_.warm && i < blocks_[0].count; ++i) {
+      prefetch_row(blocks_[0].k[i], range_.k_dim);
+      prefetch_row(blocks_[0].v[i], range_.v_dim);
     }
     for (int64_t begin = range_.begin; begin < range_.end; begin += kBlock, ready ^= 1) {
       rows_ = &blocks_[ready];
-      next_ = &blocks_[ready ^ 1];
-      find_rows(begin + kBlock, &blocks_[ready ^ 1]);
+      const Rows& next = blocks_[ready ^ 1];
+      const int64_t end = begin + kBlock;
+      if (end < range_.end) {
+        find_rows(end, range_.end, &blocks_[ready ^ 1]);
+      } else {
+        find_rows(range_.end, range_.ahead, &blocks_[ready ^ 1]);  // to prefetch it only
+      }
+      keys_ahead_ = {next.k, next.count, range_.k_dim};
+      values_ahead_ = {next.v, next.count, range_.v_dim};
       for (int64_t g = 0; g < range_.group; g += kMostQueries) {
         attend_queries<kMostQueries>(g, range_.group - g);
       }
@@ -78,9 +85,9 @@ class DecodeKernel {
 
  private:
   // The rows of at most kBlock tokens from `begin`.
-  void find_rows(int64_t begin, Rows* rows) {
-    const int64_t left = range_.end - begin, size = range_.pages.page_size;
-    const int64_t count = left < 0 ? 0 : left < kBlock ? left : kBlock;
+  void find_rows(int64_t begin, int64_t end, Rows* rows) {
+    const int64_t left = end - begin, size = range_.pages.page_size;
+    const int64_t count = left < kBlock ? left : kBlock;
     rows->count = count;
     if (range_.tokens != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
@@ -148,27 +155,24 @@ class DecodeKernel {
   // Products of N queries with the block's keys, prefetching the next block's meanwhile.
   template <int N>
   void score(int64_t g) {
-    const auto prefetch_next = [this, g](int64_t t, int64_t tokens) {
-      for (int64_t j = t; g == 0 && j < t + tokens && j < next_->count; ++j) {
-        prefetch_row<Isa>(next_->k[j], range_.k_dim);
-      }
-    };
     if constexpr (N > 2 && kWide) {
-      if (transposes_) return multiply_transposed<N>(g, prefetch_next);
+      if (transposes_) return multiply_transposed<N>(g);
     }
     if constexpr (kWidth % N == 0) {
+      RowsAhead<T> ahead = keys_ahead_;  // in registers
       dot_products<Isa, T, N>(queries_ + g * k_pad_, k_pad_, rows_->k, rows_->count, range_.k_dim,
-                              scores_ + g * kBlock, kBlock, prefetch_next);
+                              scores_ + g * kBlock, kBlock, [&](const T*) { ahead.ask(); });
+      keys_ahead_ = ahead;
     }
   }
 
   // The same with tokens in the lanes.
-  template <int N, class Before>
-  void multiply_transposed(int64_t g, Before before) {
+  template <int N>
+  void multiply_transposed(int64_t g) {
     const Unit* const queries = reinterpret_cast<const Unit*>(queries_ + g * k_pad_);
     const int64_t stride = k_pad_ / Outer::kPack, units = range_.k_dim / Outer::kPack;
+    RowsAhead<T> ahead = keys_ahead_;  // in registers
     for (int64_t t = 0; t < rows_->count; t += kWidth) {
-      before(t, int64_t{kWidth});
       Vec products[N];
       for (int n = 0; n < N; ++n) products[n] = Isa::set(0.0f);
       for (int64_t u = 0; u < units; u += kWidth) {
@@ -176,6 +180,7 @@ class DecodeKernel {
         for (int j = 0; j < kWidth; ++j) keys[j] = Outer::units(rows_->k[t + j] + u * Outer::kPack);
         Isa::transpose(keys);
         for (int i = 0; i < kWidth; ++i) {
+          ahead.ask();
           for (int n = 0; n < N; ++n) {
             const auto query = Outer::broadcast(queries + n * stride + u + i);
             products[n] = Outer::multiply_add(products[n], query, Outer::lanes_of(keys[i]));
@@ -184,6 +189,7 @@ class DecodeKernel {
       }
       for (int n = 0; n < N; ++n) Isa::store(scores_ + (g + n) * kBlock + t, products[n]);
     }
+    keys_ahead_ = ahead;
   }
 
   // Turn the products of query `g` into weights; returns the factor of its earlier sums.
@@ -237,15 +243,12 @@ class DecodeKernel {
                      Isa::load(from + kWidth) * Isa::set(rescale[n]), total[n][i]);
       }
     }
+    RowsAhead<T> ahead = values_ahead_;  // in registers
     for (int64_t t = 0; t < rows_->count; t += 2) {
-      if (g == 0 && d == 0) {
-        for (int64_t j = t; j < t + 2 && j < next_->count; ++j) {
-          prefetch_row<Isa>(next_->v[j], range_.v_dim);
-        }
-      }
       typename Outer::Lanes values[D][2];
       for (int i = 0; i < D; ++i) {
         const int64_t at = d + i * 2 * kWidth;
+        for (int line = 0; line < 2; ++line) ahead.ask();
         Outer::interleave(rows_->v[t] + at, rows_->v[t + 1] + at, values[i]);
       }
       for (int n = 0; n < N; ++n) {
@@ -257,6 +260,7 @@ class DecodeKernel {
         }
       }
     }
+    values_ahead_ = ahead;
     for (int n = 0; n < N; ++n) {
       for (int i = 0; i < D; ++i) {
         Vec joined[2];
@@ -278,15 +282,19 @@ class DecodeKernel {
       }
     }
     const float* const weights = scores_ + g * kBlock;
+    RowsAhead<T> ahead = values_ahead_;  // in registers
     for (int64_t t = 0; t < rows_->count; ++t) {
-      if (g == 0 && d == 0 && t < next_->count) prefetch_row<Isa>(next_->v[t], range_.v_dim);
       Vec values[D];
-      for (int i = 0; i < D; ++i) values[i] = load(rows_->v[t], i);
+      for (int i = 0; i < D; ++i) {
+        ahead.ask();
+        values[i] = load(rows_->v[t], i);
+      }
       for (int n = 0; n < N; ++n) {
         const Vec weight = Isa::set(weights[n * kBlock + t]);
         for (int i = 0; i < D; ++i) total[n][i] = Isa::fma(weight, values[i], total[n][i]);
       }
     }
+    values_ahead_ = ahead;
     for (int n = 0; n < N; ++n) {
       for (int i = 0; i < D; ++i) Isa::store(sums + n * v_pad_ + i * kWidth, total[n][i]);
     }

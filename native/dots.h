@@ -8,12 +8,46 @@
 
 namespace tamis {
 
-// Bring one row into the second-level cache.
-template <class Isa, class T>
+// Bring one row into the cache.
+template <class T>
 void prefetch_row(const T* row, int64_t dim) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+  for (int64_t i = 0; i < dim * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(bytes + i, 0, 3);
 }
+
+// Rows that are read later, brought into the cache line by line at the pace of those at work: asked
+// for at once, they would find no room among the loads that are under way.
+template <class T>
+class RowsAhead {
+  const T* const* rows_ = nullptr;
+  int64_t row_bytes_ = 0, left_ = 0;
+  uintptr_t at_ = 0, end_ = UINTPTR_MAX, step_ = 0;  // in the row at hand; step 0 stays for good
+
+  void enter(const T* row) {
+    at_ = reinterpret_cast<uintptr_t>(row);
+    end_ = at_ + row_bytes_;
+  }
+
+ public:
+  RowsAhead() : at_(reinterpret_cast<uintptr_t>(this)) {}
+  RowsAhead(const T* const* rows, int64_t count, int64_t dim) : RowsAhead() {
+    if (count <= 0) return;
+    rows_ = rows, row_bytes_ = dim * int64_t{sizeof(T)}, left_ = count, step_ = 64;
+    enter(*rows);
+  }
+
+  // Ask for the next line; the last one again when there is none.
+  void ask() {
+    __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 3);
+    at_ += step_;
+    if (at_ < end_) return;
+    if (--left_ > 0) {
+      enter(*++rows_);
+    } else {
+      at_ = reinterpret_cast<uintptr_t>(*rows_), end_ = UINTPTR_MAX, step_ = 0;
+    }
+  }
+};
 
 // Queries q [count, dim] as the inner product takes them, each padded with zeros.
 template <class Isa, class T>
@@ -30,18 +64,17 @@ void pack_dot_queries(const T* q, int64_t stride, int64_t count, int64_t dim,
 
 // products[n, t] of N queries with `count` keys: a vector's width of (query, key) pairs at once.
 // `keys` and the rows of `products` are readable and writable to a whole number of vectors;
-// `before(t, tokens)` is called before the keys t..t + tokens are read, and `beside(element)` with
-// every vector of a key, so that other memory can be asked for at the pace at which keys are read.
-template <class Isa, class T, int N, class Before, class Beside>
+// `beside(element)` is called with every vector of a key, so that other memory can be asked for at
+// the pace at which keys are read.
+template <class Isa, class T, int N, class Beside>
 void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
                   const T* const* keys, int64_t count, int64_t dim, float* products,
-                  int64_t product_stride, Before before, Beside beside) {
+                  int64_t product_stride, Beside beside) {
   using Vec = typename Isa::Vec;
   using Dot = typename Isa::template Dot<T>;
   constexpr int kWidth = Isa::kWidth;
   constexpr int kTokens = kWidth / N;
   for (int64_t t = 0; t < count; t += kTokens) {
-    before(t, int64_t{kTokens});
     Vec pairs[kWidth];
     for (int i = 0; i < kWidth; ++i) pairs[i] = Isa::set(0.0f);
     const auto multiply = [&](int64_t d, auto load) {
@@ -73,11 +106,11 @@ void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t q
   }
 }
 
-template <class Isa, class T, int N, class Before>
+template <class Isa, class T, int N>
 void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
                   const T* const* keys, int64_t count, int64_t dim, float* products,
-                  int64_t product_stride, Before before) {
-  dot_products<Isa, T, N>(queries, query_stride, keys, count, dim, products, product_stride, before,
+                  int64_t product_stride) {
+  dot_products<Isa, T, N>(queries, query_stride, keys, count, dim, products, product_stride,
                           [](const T*) {});
 }
 

@@ -18,10 +18,6 @@
 namespace tamis {
 namespace {
 
-// Tokens per chunk, about: as in decode.cpp for short heads. Long ones have longer chunks, because a
-// chunk's first pages are not prefetched; they still have 16 and more.
-constexpr int64_t kChunk = 512, kLongChunk = 2048, kChunks = 16;
-
 // Below this many tokens waking other threads costs more than they save.
 constexpr int64_t kParallelTokens = 256;
 
@@ -34,8 +30,7 @@ struct Span {
 
 // Pages per chunk of a head of so many tokens.
 int64_t chunk_pages_of(int64_t tokens, int64_t page_size) {
-  const int64_t share = tokens / kChunks;
-  const int64_t chunk = share < kChunk ? kChunk : share > kLongChunk ? kLongChunk : share;
+  const int64_t chunk = chunk_tokens(tokens);
   return chunk > page_size ? chunk / page_size : 1;
 }
 

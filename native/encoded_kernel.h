@@ -239,7 +239,7 @@ class EncodedKernel {
     by_queries([&](auto number, int64_t g) {
       dot_products<Isa, T, decltype(number)::value>(
           static_cast<const Query*>(queries) + g * padded(dim), padded(dim), keys, n, dim,
-          scores(g) + t, s_.score_stride, [](int64_t, int64_t) {});
+          scores(g) + t, s_.score_stride);
     });
   }
 

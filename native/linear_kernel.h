@@ -52,14 +52,13 @@ class LinearKernel {
   // Products of N rows of x with a block's weights.
   template <int N>
   void multiply(int64_t row, const T* const* weights, int64_t count) {
-    const auto nothing = [](int64_t, int64_t) {};
     const auto* const x = x_ + row * pad_;
     float* const products = products_ + row * kOutputs;
     if (row > 0) {
-      dot_products<Isa, T, N>(x, pad_, weights, count, args_.in, products, kOutputs, nothing);
+      dot_products<Isa, T, N>(x, pad_, weights, count, args_.in, products, kOutputs);
     } else {
       const int64_t block = kOutputs * args_.in;
-      dot_products<Isa, T, N>(x, pad_, weights, count, args_.in, products, kOutputs, nothing,
+      dot_products<Isa, T, N>(x, pad_, weights, count, args_.in, products, kOutputs,
                               [block](const T* at) { __builtin_prefetch(at + block, 0, 3); });
     }
   }

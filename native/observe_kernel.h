@@ -181,6 +181,7 @@ class RangeKernel {
   float* const products_;  // [group_, kBlock]
   Query* const queries_;   // [group_, padded k_dim]
   const T* keys_[kObserved + Isa::kWidth];  // to whole vectors the last one is repeated
+  RowsAhead<T> ahead_;                      // of the next block
 
  public:
   RangeKernel(const ObserveArgs& args, int64_t row, int64_t head, int64_t begin, int64_t end,
@@ -202,8 +203,10 @@ class RangeKernel {
   }
 
   void run() {
-    for (int64_t t = 0; t < count_ && t < kBlock; ++t) prefetch_row<Isa>(keys_[t], a_.k_dim);
+    for (int64_t t = 0; t < count_ && t < kBlock; ++t) prefetch_row(keys_[t], a_.k_dim);
     for (int64_t at = 0; at < count_; at += kBlock) {
+      const int64_t next = at + kBlock, left = count_ - next;
+      ahead_ = {keys_ + next, left < kBlock ? left : kBlock, a_.k_dim};
       int64_t g = 0;
       for (; g + 4 <= group_; g += 4) meet<4>(g, at);
       for (; g + 2 <= group_; g += 2) meet<2>(g, at);
@@ -216,14 +219,9 @@ class RangeKernel {
   template <int N>
   void meet(int64_t g, int64_t at) {
     const int64_t keys = count_ - at < kBlock ? count_ - at : kBlock;
-    const auto prefetch_next = [this, g, at](int64_t t, int64_t tokens) {
-      for (int64_t j = at + kBlock + t; g == 0 && j < at + kBlock + t + tokens && j < count_; ++j) {
-        prefetch_row<Isa>(keys_[j], a_.k_dim);
-      }
-    };
     float* const products = products_ + g * kBlock;
     dot_products<Isa, T, N>(queries_ + g * padded(a_.k_dim), padded(a_.k_dim), keys_ + at, keys,
-                            a_.k_dim, products, kBlock, prefetch_next);
+                            a_.k_dim, products, kBlock, [&](const T*) { ahead_.ask(); });
     for (int64_t i = 0; i < N; ++i) {
       const int64_t query = first_query_ + g + i;
       if (Keys::is_blind(a_, query)) continue;

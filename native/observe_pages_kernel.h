@@ -71,8 +71,8 @@ class BoundKernel {
       const uint8_t* const page = range_.data + range_.table[at + i] * kUnit;
       low_[i] = reinterpret_cast<const T*>(page + range_.low_offset);
       high_[i] = reinterpret_cast<const T*>(page + range_.high_offset);
-      prefetch_row<Isa>(low_[i], range_.k_dim);
-      prefetch_row<Isa>(high_[i], range_.k_dim);
+      prefetch_row(low_[i], range_.k_dim);
+      prefetch_row(high_[i], range_.k_dim);
     }
     for (int64_t i = count; i % Isa::kWidth; ++i) {
       low_[i] = low_[count - 1];
@@ -82,11 +82,10 @@ class BoundKernel {
 
   template <int N>
   void multiply(int64_t g, int64_t count) {
-    const auto nothing = [](int64_t, int64_t) {};
     dot_products<Isa, T, N>(negative_ + g * pad_, pad_, low_, count, range_.k_dim,
-                            low_products_ + g * kBlock, kBlock, nothing);
+                            low_products_ + g * kBlock, kBlock);
     dot_products<Isa, T, N>(positive_ + g * pad_, pad_, high_, count, range_.k_dim,
-                            high_products_ + g * kBlock, kBlock, nothing);
+                            high_products_ + g * kBlock, kBlock);
   }
 };
 

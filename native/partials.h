@@ -10,6 +10,14 @@
 
 namespace tamis {
 
+// Tokens per chunk of a head of so many tokens: few enough to balance, enough to make merging free.
+// Long heads have longer chunks, for which preparing their queries is less of the work.
+inline int64_t chunk_tokens(int64_t tokens) {
+  constexpr int64_t kShortest = 512, kLongest = 4096, kChunks = 8;
+  const int64_t share = tokens / kChunks;
+  return share < kShortest ? kShortest : share > kLongest ? kLongest : share;
+}
+
 // Memory for the partial attentions of `chunks` chunks.
 class Partials {
  public:
