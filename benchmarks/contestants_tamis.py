@@ -21,10 +21,18 @@ class Tamis:
     Args:
         directory: the model.
         plan: of every request.
+        weights: what those of linear layers are kept in, as for `LLM`.
     """
 
-    def __init__(self, directory: Path, plan: str = "dense") -> None:
-        self.llm = LLM(directory, plan=plan, dtype="bfloat16", device="cpu", kv_memory=KV_MEMORY)
+    def __init__(self, directory: Path, plan: str = "dense", weights: str | None = None) -> None:
+        self.llm = LLM(
+            directory,
+            plan=plan,
+            dtype="bfloat16",
+            device="cpu",
+            weights=weights,
+            kv_memory=KV_MEMORY,
+        )
         self._stream: Iterator[Increment] | None = None
 
     def prefill(self, prompt: Sequence[int]) -> float:

@@ -62,13 +62,13 @@ void pack_dot_queries(const T* q, int64_t stride, int64_t count, int64_t dim,
   }
 }
 
-// products[n, t] of N queries with `count` keys: a vector's width of (query, key) pairs at once.
-// `keys` and the rows of `products` are readable and writable to a whole number of vectors;
-// `beside(element)` is called with every vector of a key, so that other memory can be asked for at
-// the pace at which keys are read.
-template <class Isa, class T, int N, class Beside>
+// products[n, t] of N queries with `count` keys, of the queries' type or another that Dot loads: a
+// vector's width of (query, key) pairs at once. `keys` and the rows of `products` are readable and
+// writable to a whole number of vectors; `beside(element)` is called with every vector of a key, so
+// that other memory can be asked for at the pace at which keys are read.
+template <class Isa, class T, int N, class Key, class Beside>
 void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
-                  const T* const* keys, int64_t count, int64_t dim, float* products,
+                  const Key* const* keys, int64_t count, int64_t dim, float* products,
                   int64_t product_stride, Beside beside) {
   using Vec = typename Isa::Vec;
   using Dot = typename Isa::template Dot<T>;
@@ -92,10 +92,10 @@ void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t q
     };
     int64_t d = 0;
     for (; d + Dot::kStep <= dim; d += Dot::kStep) {
-      multiply(d, [](const T* key) { return Dot::load(key); });
+      multiply(d, [](const Key* key) { return Dot::load(key); });
     }
     if (const int64_t left = dim - d) {
-      multiply(d, [left](const T* key) { return Dot::load(key, left); });
+      multiply(d, [left](const Key* key) { return Dot::load(key, left); });
     }
     float sums[kWidth];
     Isa::store(sums, Isa::sums(pairs));
@@ -106,12 +106,12 @@ void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t q
   }
 }
 
-template <class Isa, class T, int N>
+template <class Isa, class T, int N, class Key>
 void dot_products(const typename Isa::template Dot<T>::Query* queries, int64_t query_stride,
-                  const T* const* keys, int64_t count, int64_t dim, float* products,
+                  const Key* const* keys, int64_t count, int64_t dim, float* products,
                   int64_t product_stride) {
   dot_products<Isa, T, N>(queries, query_stride, keys, count, dim, products, product_stride,
-                          [](const T*) {});
+                          [](const Key*) {});
 }
 
 }  // namespace tamis

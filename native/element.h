@@ -17,6 +17,11 @@ struct Fp16 {
   uint16_t bits;
 };
 
+// Quantized: bf16 and fp16 hold every value exactly.
+struct Int8 {
+  int8_t value;
+};
+
 enum class DType { fp32, fp16, bf16 };
 
 namespace {
@@ -48,6 +53,8 @@ namespace {
   const bool special = (value.bits & 0x7c00u) == 0x7c00u;  // infinity or NaN
   return as_float(sign | (special ? magnitude | 0x7f800000u : as_bits(rebased)));
 }
+
+[[maybe_unused]] inline float to_float(Int8 value) { return value.value; }
 
 [[maybe_unused]] inline void from_float(float value, float* out) { *out = value; }
 

@@ -26,6 +26,10 @@ struct Avx2 {
   static Vec load(const Fp16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  static Vec load(const Int8* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
   template <class T>
   static Vec load(const T* from, int64_t count) {
     T whole[kWidth] = {};

@@ -21,6 +21,12 @@ struct Avx512 {
   static Vec load(const float* from) { return _mm512_loadu_ps(from); }
   static Vec load(const Bf16* from) { return widen(load_halves(from), Bf16{}); }
   static Vec load(const Fp16* from) { return widen(load_halves(from), Fp16{}); }
+  static Vec load(const Int8* from) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Vec load(const Int8* from, int64_t count) {
+    return widen(_mm_maskz_loadu_epi8(first(count), from));
+  }
   static Vec load(const float* from, int64_t count) {
     return _mm512_maskz_loadu_ps(first(count), from);
   }
@@ -85,6 +91,7 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
   static Vec widen(__m256i halves, Fp16) { return _mm512_cvtph_ps(halves); }
+  static Vec widen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
   // Per 128-bit quarter: lane i is the sum of that quarter of v[i].
   static Vec sums_of_four(const Vec* v) {
     const __m512d a = _mm512_castps_pd(add_pairs(v[0], v[1]));

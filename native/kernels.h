@@ -20,6 +20,7 @@ struct Kernels {
   ObserveSpan* observe_span[3];
   ObserveRange* observe_range[3];
   LinearRange* linear_range[3];
+  LinearRange* linear_int8_range[3];
   RmsNormRow* rms_norm_row[3];
   RotateRow* rotate_row[3];
   GateRow* gate_row[3];

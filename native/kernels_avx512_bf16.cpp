@@ -19,9 +19,19 @@ struct PairDot {
   static Lanes load(const Bf16* from, int64_t count) {
     return lanes(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
   }
+  static Lanes load(const Int8* from) {
+    return joined(Avx512::load(from), Avx512::load(from + 16));
+  }
+  static Lanes load(const Int8* from, int64_t count) {
+    const int64_t low = count < 16 ? count : 16;
+    return joined(Avx512::load(from, low), Avx512::load(from + low, count - low));
+  }
   static __m512 multiply_add(__m512 sum, Lanes query, Lanes key) {
     return _mm512_dpbf16_ps(sum, query, key);
   }
+
+ private:
+  static Lanes joined(__m512 low, __m512 high) { return _mm512_cvtne2ps_pbh(high, low); }
 };
 
 // Products of matrices of bf16, two along the depth per unit (see FloatOuter).

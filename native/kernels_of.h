@@ -20,6 +20,8 @@ Kernels kernels_of() {
           {observe_span<Isa, float>, observe_span<Isa, Fp16>, observe_span<Isa, Bf16>},
           {observe_range<Isa, float>, observe_range<Isa, Fp16>, observe_range<Isa, Bf16>},
           {linear_range<Isa, float>, linear_range<Isa, Fp16>, linear_range<Isa, Bf16>},
+          {linear_range<Isa, float, Int8>, linear_range<Isa, Fp16, Int8>,
+           linear_range<Isa, Bf16, Int8>},
           {rms_norm_row<Isa, float>, rms_norm_row<Isa, Fp16>, rms_norm_row<Isa, Bf16>},
           {rotate_row<Isa, float>, rotate_row<Isa, Fp16>, rotate_row<Isa, Bf16>},
           {gate_row<Isa, float>, gate_row<Isa, Fp16>, gate_row<Isa, Bf16>},

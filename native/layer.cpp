@@ -36,10 +36,11 @@ struct Member {
 
   // This thread's outputs of y [rows, matrix.out] = x matrix, x [rows, in].
   void multiply(const Matrix& matrix, const void* x, int64_t in, void* y) const {
-    const LinearArgs args{dtype, rows, in, matrix.out, x, in, matrix.weight, matrix.bias, y};
-    share(matrix.out, kOutputs, [&](int64_t begin, int64_t end) {
-      kernels.linear_range[kind()](args, begin, end, scratch);
-    });
+    const LinearArgs args{dtype,         rows,          in,          matrix.out, x, in,
+                          matrix.weight, matrix.scales, matrix.bias, y};
+    LinearRange* const range = linear_range_of(kernels, args);
+    share(matrix.out, kOutputs,
+          [&](int64_t begin, int64_t end) { range(args, begin, end, scratch); });
   }
 
   // This thread's rows of y = norm(x).

@@ -12,9 +12,10 @@ namespace tamis {
 
 // A matrix of a layer, applied as in linear.h.
 struct Matrix {
-  const void* weight;  // [out, in], contiguous
-  const void* bias;    // [out], contiguous, or null
+  const void* weight;   // [out, in], contiguous
+  const void* bias;     // [out], contiguous, or null
   int64_t out;
+  const float* scales;  // [out] of weights in Int8, or null
 };
 
 // q, k, v of rows x [rows, width]: norm, projections, norms of heads, RoPE.

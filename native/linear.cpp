@@ -15,12 +15,18 @@ constexpr int64_t kParallelBytes = 1 << 16;
 
 }  // namespace
 
+LinearRange* linear_range_of(const Kernels& kernels, const LinearArgs& args) {
+  const auto& ranges = args.scales != nullptr ? kernels.linear_int8_range : kernels.linear_range;
+  return ranges[static_cast<int>(args.dtype)];
+}
+
 void linear(const LinearArgs& a, Isa isa, int threads) {
-  if (a.out * a.in * size_of(a.dtype) < kParallelBytes) threads = 1;
+  const int64_t size = a.scales != nullptr ? 1 : size_of(a.dtype);
+  if (a.out * a.in * size < kParallelBytes) threads = 1;
   const int64_t blocks = (a.out + kOutputs - 1) / kOutputs;
   const int64_t scratch_size = linear_scratch_floats(a.rows, a.in);
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
-  LinearRange* const range = kernels(isa).linear_range[static_cast<int>(a.dtype)];
+  LinearRange* const range = linear_range_of(kernels(isa), a);
 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int part = 0; part < threads; ++part) {

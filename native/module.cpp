@@ -318,11 +318,12 @@ void narrow_call(int64_t n, int64_t kv_heads, int64_t page_size, uintptr_t table
 }
 
 void linear_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t in,
-                 int64_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t bias,
-                 uintptr_t y) {
-  const LinearArgs args{static_cast<DType>(dtype), rows,     in,
-                        out,                       at<const void>(x),
-                        x_stride,                  at<const void>(weight),
+                 int64_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t scales,
+                 uintptr_t bias, uintptr_t y) {
+  const LinearArgs args{static_cast<DType>(dtype), rows,
+                        in,                        out,
+                        at<const void>(x),         x_stride,
+                        at<const void>(weight),    at<const float>(scales),
                         at<const void>(bias),      at<void>(y)};
   const Isa chosen = isa_named(isa);
   nb::gil_scoped_release release;
@@ -344,10 +345,11 @@ void rms_norm_call(const std::string& isa, int dtype, int64_t rows, int64_t widt
   rms_norm(args, chosen);
 }
 
-// A matrix as (weight, bias, out), with a bias of 0 for none.
+// A matrix as (weight, bias, out, scales), with 0 for no bias and no scales.
 Matrix matrix_of(const nb::tuple& matrix) {
   return {at<const void>(nb::cast<uintptr_t>(matrix[0])),
-          at<const void>(nb::cast<uintptr_t>(matrix[1])), nb::cast<int64_t>(matrix[2])};
+          at<const void>(nb::cast<uintptr_t>(matrix[1])), nb::cast<int64_t>(matrix[2]),
+          at<const float>(nb::cast<uintptr_t>(matrix[3]))};
 }
 
 void layer_inputs_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t width,
@@ -465,7 +467,8 @@ NB_MODULE(_native, m) {
         "count"_a, "before"_a, "out_tables"_a, "out_lengths"_a,
         "Page tables cut down to some pages; see narrow.h.");
   m.def("linear", tamis::linear_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a, "in"_a, "out"_a,
-        "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "y"_a, "A linear layer; see linear.h.");
+        "x"_a, "x_stride"_a, "weight"_a, "scales"_a, "bias"_a, "y"_a,
+        "A linear layer; see linear.h.");
   m.def("rms_norm", tamis::rms_norm_call, "isa"_a, "dtype"_a, "rows"_a, "width"_a, "x"_a,
         "norm"_a, "y"_a, "Root mean square norm; see layer.h.");
   m.def("layer_inputs", tamis::layer_inputs_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,

@@ -54,7 +54,10 @@ struct FloatDot {
   static Lanes load(const Key* key) {
     return Isa::load(key);
   }
-  static Lanes load(const T* key, int64_t count) { return Isa::load(key, count); }
+  template <class Key>
+  static Lanes load(const Key* key, int64_t count) {
+    return Isa::load(key, count);
+  }
   static typename Isa::Vec multiply_add(typename Isa::Vec sum, Lanes query, Lanes key) {
     return Isa::fma(query, key, sum);
   }

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from tamis.errors import UnsupportedModelError
 from tamis.model.interface import Attend
-from tamis.model.linear import SERVED, max_rows
+from tamis.model.linear import SERVED, max_rows, readable
 from tamis.model.model import Model
 from tamis.model.norm import RmsNorm, find_norm
 from tamis.model.probe import LayerSpec
+from tamis.model.quantized import matrix_of
 from tamis.platform import NATIVE_DTYPES, native_for, native_module
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -72,16 +73,16 @@ class FewRows:
             or native_module() is None
         ):
             return False
-        weight = self.query_weight
-        rows = x.shape[1]
+        matrix, rows = matrix_of(self.query_weight), x.shape[1]
         return (
             x.ndim == 3
             and x.shape[0] == 1
             and 0 < rows <= max_rows(x.dtype)
             and x.dtype in SERVED
-            and x.dtype == weight.dtype
             and x.is_cpu
-            and weight.is_cpu
+            and matrix is not None
+            and matrix.meets(x.dtype)
+            and matrix.weight.is_cpu
             and x.is_contiguous()
             and all(
                 at.shape[:2] == (1, rows) and at.dtype == x.dtype and at.is_contiguous()
@@ -225,7 +226,7 @@ def _recognised(
         return None
     linears = [attention._modules[name] for name in sorted(ATTENTION)]
     linears += [mlp._modules[name] for name in sorted(MLP - {"act_fn"})]
-    if not all(type(linear) is nn.Linear and _plain(linear.weight) for linear in linears):
+    if not all(type(linear) is nn.Linear and readable(linear.weight) for linear in linears):
         return None
     names = [(layer, "input_layernorm"), (layer, "post_attention_layernorm")]
     norms = [find_norm(getattr(owner, name)) for owner, name in names]
@@ -237,12 +238,6 @@ def _recognised(
     if None in missing:
         return None
     return FewRows(layer, index, spec, tuple(norms))  # type: ignore[arg-type]
-
-
-def _plain(weight: Tensor) -> bool:
-    """Whether the kernels can read a weight."""
-    plain = type(weight) is nn.Parameter and weight.dtype in SERVED
-    return plain and weight.is_cpu and weight.is_contiguous()
 
 
 def _agrees(quick: FewRows, kwargs: dict[str, Any]) -> bool:
@@ -296,7 +291,13 @@ def _norm(norm: RmsNorm | None, module: Any) -> tuple[int, float, int]:
     return NO_NORM if norm is None else norm.operand(module._parameters["weight"])
 
 
-def _matrix(linear: Any) -> tuple[int, int, int]:
+def _matrix(linear: Any) -> tuple[int, int, int, int]:
     """A linear layer as the kernels take it."""
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    return weight.data_ptr(), bias.data_ptr() if bias is not None else 0, linear.out_features
+    matrix, bias = matrix_of(linear._parameters["weight"]), linear._parameters["bias"]
+    assert matrix is not None
+    return (
+        matrix.weight.data_ptr(),
+        bias.data_ptr() if bias is not None else 0,
+        linear.out_features,
+        matrix.scales.data_ptr() if matrix.scales is not None else 0,
+    )

@@ -75,9 +75,9 @@ def load_model(
         _check_weights(directory)
         tokenizer = _load_tokenizer(directory, trust_remote_code)
         hf = _load_weights(directory, config, torch_dtype, trust_remote_code).to(device)
-        small_batches(hf)
         if weights is not None:
             quantize_weights(hf, weights, exact=hf.get_output_embeddings())
+        small_batches(hf)
         quick_norms(hf)
         model = Model(hf, tokenizer, name, directory, weights)
         few_rows(model)

@@ -1,6 +1,9 @@
 """Linear layers whose weights are kept in 8 or 4 bits, quantized by torchao when a model is loaded.
 
-Weight-only: inputs, outputs and what is added up stay in the model's dtype.
+Weight-only: inputs and outputs stay in the model's dtype. Of int8, the compiled kernels read a few
+rows' weights as they are (`tamis.model.linear`), so that decoding takes less time too; everything
+else is torchao's way, which converts the whole weight for every product. int4 is torch's own kernel
+for CPUs, made for a few rows: prompts take twice as long (docs/kernels.md).
 
 int8: symmetric, one scale per output. w ~ q scale, q in [-128, 127].
 int4: asymmetric, a scale and a zero per output and group of 32 inputs, in the model's dtype.
@@ -10,15 +13,14 @@ w ~ (q - 8) scale + zero, q in [0, 15].
 from __future__ import annotations
 
 import importlib.util
-from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tamis.errors import ConfigError
+from tamis.platform import NATIVE_DTYPES
 
 WEIGHTS = ("int8", "int4")
 """What the weights of linear layers may be kept in, beside the model's dtype."""
@@ -28,10 +30,6 @@ GROUP = 32
 
 OUTPUTS = 16
 """torch's int4 kernels take outputs in whole numbers of so many."""
-
-FEW_ROWS = 16
-"""Up to so many rows torch's int8 kernel is faster than converting the whole weight for the
-product of two matrices, which is what torchao does (docs/kernels.md)."""
 
 
 def check_weights(weights: str | None) -> None:
@@ -80,9 +78,36 @@ def quantize_weights(network: nn.Module, weights: str, exact: nn.Module | None =
 
     with torch.no_grad():
         quantize_(network, _config(weights), filter_fn=lambda module, name: module in chosen)
-    for module in chosen:
-        # A method, for a deep copy of the module binds it to the copy.
-        module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+class Matrix(NamedTuple):
+    """A weight as kernels read it.
+
+    Attributes:
+        weight: [out, in], of a dtype of `tamis.platform.NATIVE_DTYPES`; or int8, with scales.
+        scales: fp32 [out], of the rows of the weight; None where it is exact.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+
+    def meets(self, dtype: torch.dtype) -> bool:
+        """Whether kernels multiply it with rows of a dtype."""
+        return dtype in NATIVE_DTYPES and (self.scales is not None or self.weight.dtype == dtype)
+
+
+def matrix_of(weight: Tensor) -> Matrix | None:
+    """What is in a linear layer's weight, exact or in int8; None where kernels cannot read it."""
+    if type(weight) is nn.Parameter:
+        return Matrix(weight, None)
+    # torchao's Int8Tensor as `quantize_weights` makes it; others may quantize the rows too. What
+    # torchao puts on it is read, for a tensor subclass's own properties cost microseconds each.
+    if type(weight).__name__ != "Int8Tensor":
+        return None
+    int8: Any = weight
+    plain = int8.act_quant_kwargs is None and int8.act_pre_scale is None
+    plain = plain and int8.scale.dtype == torch.float32
+    return Matrix(int8.qdata, int8.scale) if plain and len(int8.scale) == len(int8.qdata) else None
 
 
 def stored_bytes(parameter: Tensor) -> int:
@@ -109,21 +134,3 @@ def _config(weights: str) -> Any:
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
     return PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
-
-
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """`nn.Linear.forward` of a quantized `module`, for any x [..., in]."""
-    weight: Any = module.weight
-    out, width = weight.shape
-    few = x.is_cpu and 0 < x.numel() <= FEW_ROWS * width and x.shape[-1] == width
-    if not few or torch.is_grad_enabled() or weight.dtype != x.dtype or not _is_int8(weight):
-        return F.linear(x, weight, module.bias)
-    rows, scales = x.reshape(-1, width), weight.scale.flatten().to(x.dtype)
-    y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight.qdata, scales)
-    y = y.view(*x.shape[:-1], out)
-    return y if module.bias is None else y.add_(module.bias)
-
-
-def _is_int8(weight: Any) -> bool:
-    """Whether a weight is torchao's int8 with a scale per output."""
-    return getattr(getattr(weight, "qdata", None), "dtype", None) is torch.int8
