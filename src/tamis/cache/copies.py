@@ -103,9 +103,11 @@ class HostCopies:
     arXiv:2411.18424). Spare copies are the first to go when
     memory is needed, and count as free.
 
-    Pages of any number, wherever they lie, are moved together. Contiguous groups of pages, the
-    paper's first device, would gain nothing here: on the CPU scattered pages move at four fifths of
-    the speed of contiguous ones, which is two thirds of a plain copy's.
+    All pages of a sequence are moved at once, wherever they lie. Two other devices of the paper gain
+    nothing on the CPU (`benchmarks/preemption.py`; 8k tokens, 34 MB, two cores): contiguous groups of
+    pages, because scattered ones already move at four fifths of their speed; and a thread that
+    copies while the model runs, because the two share cores and memory, and take as long together
+    as one after the other.
 
     Operations take page ids with the numbers of their pools, int32 [n] each.
 
@@ -174,6 +176,11 @@ class HostCopies:
     def drop(self, copies: IntArray, pools: IntArray) -> None:
         """Take back a `hold`."""
         self.host.release(copies, pools)
+
+    def clear(self) -> None:
+        """Give up all spare copies."""
+        for pool in self._pools:
+            pool.give_up(pool.host.bytes_in_use)
 
     def _link(self, ids: IntArray, copies: IntArray, pools: IntArray, which: BoolArray) -> None:
         for of_pool, pool in self._split(pools):
