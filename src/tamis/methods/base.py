@@ -211,7 +211,8 @@ class Reuse(Method):
     first tokens of a prompt.
 
     The engine lays them out one after the other, their keys turned to the positions that they have
-    there. What follows them is computed as ever, attending to all of them.
+    there. What follows them is computed as ever, attending to all of them. Requests that name no
+    context go by the rest of their plan.
     """
 
     stage = "reuse"
