@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tamis import LLM, SamplingParams
-from tamis.errors import PlanError, RequestError
+from tamis.errors import KVMemoryError, PlanError, RequestError
 from tamis.model import Model
 from tamis.plan import Plan
 from tests.methods.reuse.conftest import DOCUMENTS, PAGE, QUESTION, TEN, add, logprobs, make, words
@@ -244,6 +244,19 @@ def test_no_more_requests_start_than_there_is_memory_for(llama: Model) -> None:
     outputs = llm.generate([QUESTION] * 6, short, "promptcache()", context=contexts)
     assert [output.error for output in outputs] == [None] * 6
     assert sum(output.metrics.preemptions for output in outputs) == 0
+
+
+def test_what_would_not_fit_beside_its_contexts_is_refused(llama: Model) -> None:
+    """All but the first are copied, so that a prompt takes its room a second time."""
+    wide = make(llama)
+    room = wide.engine.cache.required_bytes(len(WHOLE) + len(DOCUMENTS[0]) + 40, chunk=64)
+    llm = make(llama, kv_memory=room, max_batch_tokens=64)
+    contexts = add(llm)
+    with pytest.raises(KVMemoryError, match="delete one"):
+        llm.generate([QUESTION], TEN, "promptcache()", context=contexts)
+    [output] = llm.generate([QUESTION], TEN, "promptcache()", context=contexts[:2])
+    assert output.error is None
+    assert llm.engine.cache.bytes_in_use == llm.engine.context_bytes
 
 
 def test_plans_that_need_contexts_are_exact_attention_without(llama: Model) -> None:
