@@ -6,6 +6,8 @@ begins `offset` elements into the page.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +31,8 @@ def tile_bytes(device: torch.device) -> int:
     100 KB on small GPUs, 164 KB and more on those of data centres."""
     if device.type != "cuda":
         return 1 << 15
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 1 << 15 if shared > 1 << 17 else 1 << 14
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the attribute
+    return 1 << 15 if properties.shared_memory_per_block_optin > 1 << 17 else 1 << 14
 
 
 def tile_rows(most: int, row_bytes: int, n_bytes: int) -> int:
