@@ -69,7 +69,7 @@ struct Member {
 
 // Run `work(member)` on a team; `depth` is the longest row that meets a matrix.
 template <class Work>
-void in_team(DType dtype, int64_t rows, int64_t depth, Isa isa, int threads, Work work) {
+void in_matrix_team(DType dtype, int64_t rows, int64_t depth, Isa isa, int threads, Work work) {
   const Kernels table = kernels(isa);
   const int64_t scratch_size = linear_scratch_floats(rows, depth);
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
@@ -80,38 +80,54 @@ void in_team(DType dtype, int64_t rows, int64_t depth, Isa isa, int threads, Wor
   }
 }
 
-// Norm and rotate the heads of one row of queries or keys.
-void place(const Member& member, const RmsNorm& norm, const Matrix& matrix, const LayerInputs& a,
-           int64_t row, void* out) {
-  const int64_t size = member.size(), head_bytes = a.k_dim * size;
-  const int64_t at = row * a.rotated * size;
+// Norm and rotate this thread's rows of heads.
+void place(const Member& member, const HeadsArgs& a) {
+  const int64_t size = member.size();
   RmsNormRow* const normalize = member.kernels.rms_norm_row[member.kind()];
   RotateRow* const rotate = member.kernels.rotate_row[member.kind()];
-  uint8_t* head = static_cast<uint8_t*>(out) + row * matrix.out * size;
-  for (int64_t i = 0; i < matrix.out; i += a.k_dim, head += head_bytes) {
-    if (norm.weight != nullptr) normalize(norm, head, a.k_dim, head);
-    rotate(head, static_cast<const uint8_t*>(a.cos) + at, static_cast<const uint8_t*>(a.sin) + at,
-           a.rotated);
-  }
+  member.share(a.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = row * a.rotated * size;
+      for (int64_t i = row * a.heads; i < (row + 1) * a.heads; ++i) {
+        uint8_t* const head = static_cast<uint8_t*>(a.x) + i * a.dim * size;
+        if (a.norm.weight != nullptr) normalize(a.norm, head, a.dim, head);
+        rotate(head, static_cast<const uint8_t*>(a.cos) + at,
+               static_cast<const uint8_t*>(a.sin) + at, a.rotated);
+      }
+    }
+  });
+}
+
+// Below this many elements waking other threads costs more than they save.
+constexpr int64_t kParallelElements = 1 << 15;
+
+// Elements that a thread takes at least.
+constexpr int64_t kElements = 1 << 10;
+
+// The same as `in_matrix_team`, without matrices, for `elements` in all.
+template <class Work>
+void in_team(DType dtype, int64_t rows, int64_t elements, Isa isa, int threads, Work work) {
+  const Kernels table = kernels(isa);
+  if (elements < kParallelElements) threads = 1;
+#pragma omp parallel num_threads(threads)
+  work(Member{table, dtype, rows, thread_index(), team_size(), nullptr});
 }
 
 }  // namespace
 
 void layer_inputs(const LayerInputs& a, Isa isa, int threads) {
   const Bytes normed(new uint8_t[a.rows * a.width * size_of(a.dtype)]);
-  in_team(a.dtype, a.rows, a.width, isa, threads, [&](const Member& member) {
+  in_matrix_team(a.dtype, a.rows, a.width, isa, threads, [&](const Member& member) {
     member.normalize(a.norm, a.x, a.width, normed.get());
     wait_for_team();
     member.multiply(a.q, normed.get(), a.width, a.q_out);
     member.multiply(a.k, normed.get(), a.width, a.k_out);
     member.multiply(a.v, normed.get(), a.width, a.v_out);
     wait_for_team();
-    member.share(a.rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        place(member, a.q_norm, a.q, a, row, a.q_out);
-        place(member, a.k_norm, a.k, a, row, a.k_out);
-      }
-    });
+    place(member, {a.dtype, a.rows, a.q.out / a.k_dim, a.k_dim, a.rotated, a.q_out, a.q_norm,
+                   a.cos, a.sin});
+    place(member, {a.dtype, a.rows, a.k.out / a.k_dim, a.k_dim, a.rotated, a.k_out, a.k_norm,
+                   a.cos, a.sin});
   });
 }
 
@@ -122,7 +138,7 @@ void layer_outputs(const LayerOutputs& a, Isa isa, int threads) {
   const Bytes gate(new uint8_t[a.rows * a.gate.out * size]);
   const Bytes up(new uint8_t[a.rows * a.up.out * size]);
   const int64_t depth = std::max({a.attended_width, a.width, a.gate.out});
-  in_team(a.dtype, a.rows, depth, isa, threads, [&](const Member& member) {
+  in_matrix_team(a.dtype, a.rows, depth, isa, threads, [&](const Member& member) {
     const int kind = member.kind();
     member.multiply(a.output, a.attended, a.attended_width, sum.get());
     member.own(a.x, sum.get(), a.width, member.kernels.add_row[kind]);
@@ -140,9 +156,24 @@ void layer_outputs(const LayerOutputs& a, Isa isa, int threads) {
   });
 }
 
-void rms_norm(const RmsNormArgs& a, Isa isa) {
-  const Kernels table = kernels(isa);
-  Member{table, a.dtype, a.rows, 0, 1, nullptr}.normalize(a.norm, a.x, a.width, a.y);
+void rms_norm(const RmsNormArgs& a, Isa isa, int threads) {
+  in_team(a.dtype, a.rows, a.rows * a.width, isa, threads,
+          [&](const Member& member) { member.normalize(a.norm, a.x, a.width, a.y); });
+}
+
+void place_heads(const HeadsArgs& a, Isa isa, int threads) {
+  in_team(a.dtype, a.rows, a.rows * a.heads * a.dim, isa, threads,
+          [&](const Member& member) { place(member, a); });
+}
+
+void gate(const GateArgs& a, Isa isa, int threads) {
+  in_team(a.dtype, 1, a.n, isa, threads, [&](const Member& member) {
+    member.share(a.n, kElements, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * member.size();
+      member.kernels.gate_row[member.kind()](static_cast<uint8_t*>(a.gate) + at,
+                                             static_cast<const uint8_t*>(a.up) + at, end - begin);
+    });
+  });
 }
 
 }  // namespace tamis

@@ -1,5 +1,6 @@
-// A decoder layer for a few rows, but for its attention: pre-norm, rotary embedding, gated MLP, as
-// Llama has them. Before and after the attention, one call each.
+// A decoder layer but for its attention: pre-norm, rotary embedding, gated MLP, as Llama has them.
+// For a few rows one call before and one after the attention; for many, what lies between products
+// of matrices.
 #pragma once
 
 #include <cstdint>
@@ -52,9 +53,28 @@ struct RmsNormArgs {
   void* y;
 };
 
+// Heads x [rows, heads, dim] of queries or keys, normed and turned by RoPE where they lie.
+struct HeadsArgs {
+  DType dtype;
+  int64_t rows, heads, dim, rotated;
+  void* x;                // contiguous
+  RmsNorm norm;           // of each head, before it is rotated; may be none
+  const void *cos, *sin;  // [rows, rotated], contiguous
+};
+
+// gate = silu(gate) up, `n` elements.
+struct GateArgs {
+  DType dtype;
+  int64_t n;
+  void* gate;
+  const void* up;
+};
+
 // Results depend neither on the number of threads nor on the rows beside a row.
 void layer_inputs(const LayerInputs& args, Isa isa, int threads);
 void layer_outputs(const LayerOutputs& args, Isa isa, int threads);
-void rms_norm(const RmsNormArgs& args, Isa isa);
+void rms_norm(const RmsNormArgs& args, Isa isa, int threads);
+void place_heads(const HeadsArgs& args, Isa isa, int threads);
+void gate(const GateArgs& args, Isa isa, int threads);
 
 }  // namespace tamis

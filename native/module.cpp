@@ -336,13 +336,32 @@ RmsNorm norm_of(const nb::tuple& norm) {
           static_cast<RmsStyle>(nb::cast<int>(norm[2]))};
 }
 
-void rms_norm_call(const std::string& isa, int dtype, int64_t rows, int64_t width, uintptr_t x,
-                   const nb::tuple& norm, uintptr_t y) {
+void rms_norm_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t width,
+                   uintptr_t x, const nb::tuple& norm, uintptr_t y) {
   const RmsNormArgs args{static_cast<DType>(dtype), rows, width, at<const void>(x), norm_of(norm),
                          at<void>(y)};
   const Isa chosen = isa_named(isa);
   nb::gil_scoped_release release;
-  rms_norm(args, chosen);
+  rms_norm(args, chosen, threads);
+}
+
+void place_heads_call(const std::string& isa, int threads, int dtype, int64_t rows, int64_t heads,
+                      int64_t dim, int64_t rotated, uintptr_t x, const nb::tuple& norm,
+                      uintptr_t cos, uintptr_t sin) {
+  const HeadsArgs args{static_cast<DType>(dtype), rows,          heads,
+                       dim,                       rotated,       at<void>(x),
+                       norm_of(norm),             at<const void>(cos), at<const void>(sin)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  place_heads(args, chosen, threads);
+}
+
+void gate_call(const std::string& isa, int threads, int dtype, int64_t n, uintptr_t gates,
+               uintptr_t ups) {
+  const GateArgs args{static_cast<DType>(dtype), n, at<void>(gates), at<const void>(ups)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  gate(args, chosen, threads);
 }
 
 // A matrix as (weight, bias, out, scales), with 0 for no bias and no scales.
@@ -469,8 +488,13 @@ NB_MODULE(_native, m) {
   m.def("linear", tamis::linear_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a, "in"_a, "out"_a,
         "x"_a, "x_stride"_a, "weight"_a, "scales"_a, "bias"_a, "y"_a,
         "A linear layer; see linear.h.");
-  m.def("rms_norm", tamis::rms_norm_call, "isa"_a, "dtype"_a, "rows"_a, "width"_a, "x"_a,
-        "norm"_a, "y"_a, "Root mean square norm; see layer.h.");
+  m.def("rms_norm", tamis::rms_norm_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a, "width"_a,
+        "x"_a, "norm"_a, "y"_a, "Root mean square norm; see layer.h.");
+  m.def("place_heads", tamis::place_heads_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,
+        "heads"_a, "dim"_a, "rotated"_a, "x"_a, "norm"_a, "cos"_a, "sin"_a,
+        "Heads normed and turned by RoPE; see layer.h.");
+  m.def("gate", tamis::gate_call, "isa"_a, "threads"_a, "dtype"_a, "n"_a, "gates"_a, "ups"_a,
+        "A gated activation; see layer.h.");
   m.def("layer_inputs", tamis::layer_inputs_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,
         "width"_a, "x"_a, "norm"_a, "q"_a, "k"_a, "v"_a, "k_dim"_a, "rotated"_a, "q_norm"_a,
         "k_norm"_a, "cos"_a, "sin"_a, "q_out"_a, "k_out"_a, "v_out"_a,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tamis.model import linear as layers
 from tamis.model import load_model
-from tamis.model.few_rows import FewRows
+from tamis.model.fused import FusedLayer
 from tamis.model.linear import FEW_ROWS, linear, max_rows, small_batches
 from tamis.model.quantized import matrix_of, quantize_weights
 from tamis.platform import native_module
@@ -125,7 +125,7 @@ def test_few_rows_meet_the_kernel_and_many_torchaos(extension, monkeypatch, dtyp
 def test_the_layers_of_a_model_run_few_rows_in_int8(extension, tiny_dir):
     model = load_model(tiny_dir("qwen3"), dtype="bf16", device="cpu", weights="int8")
     quick = [layer.__dict__.get("forward") for layer in model.decoder_layers]
-    assert all(type(forward) is FewRows for forward in quick)
+    assert all(type(forward) is FusedLayer for forward in quick)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Root mean square norms of a few rows: the kernels' results are torch's, but for how they add."""
+"""Root mean square norms: the kernels' results are torch's, but for how they add."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tamis.model import load_model
 from tamis.model import norm as norms
-from tamis.model.norm import MAX_ROWS, RmsStyle, find_norm, quick_norms, rms_norm
+from tamis.model.norm import RmsStyle, find_norm, quick_norms, rms_norm
 from tamis.platform import native_module
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -92,7 +92,7 @@ def test_results_are_torchs_up_to_rounding(extension, isa, style, dtype):
 
 
 @torch.no_grad()
-def test_few_rows_meet_the_kernel_and_everything_else_torch(extension, monkeypatch):
+def test_gradients_and_other_dtypes_meet_torch(extension, monkeypatch):
     module = made(RmsStyle.ROUNDED, 64, torch.bfloat16)
     plain = deepcopy(module)
     quick_norms(module)
@@ -103,7 +103,7 @@ def test_few_rows_meet_the_kernel_and_everything_else_torch(extension, monkeypat
         return rms_norm(extension, norm, x, weight)
 
     monkeypatch.setattr(norms, "rms_norm", counted)
-    for n in (1, MAX_ROWS, MAX_ROWS + 1):
+    for n in (1, 700):
         x = rows(n, 64, torch.bfloat16)
         assert_near(module(x), plain(x), x)
     assert module(x[:0]).shape == (0, 64)
@@ -111,7 +111,22 @@ def test_few_rows_meet_the_kernel_and_everything_else_torch(extension, monkeypat
         module(x.requires_grad_()[:2]).sum().backward()
     assert x.grad[:2].all()
     assert module.float()(x[:2].detach().float()).dtype == torch.float32
-    assert calls == [1, MAX_ROWS]
+    assert calls == [1, 700]
+
+
+def test_a_row_does_not_see_threads(extension):
+    module = made(RmsStyle.ROUNDED, 96, torch.bfloat16)
+    norm, x = find_norm(module), rows(1000, 96, torch.bfloat16)
+    assert norm is not None
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(rms_norm(extension, norm, x, module.weight))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @torch.no_grad()

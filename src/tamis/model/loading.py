@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from tamis.errors import ConfigError, ModelError
-from tamis.model.few_rows import few_rows
+from tamis.model.fused import fuse_layers
 from tamis.model.interface import NAME, register
 from tamis.model.linear import small_batches
 from tamis.model.model import Model
@@ -80,7 +80,7 @@ def load_model(
         small_batches(hf)
         quick_norms(hf)
         model = Model(hf, tokenizer, name, directory, weights)
-        few_rows(model)
+        fuse_layers(model)
         return model
 
 

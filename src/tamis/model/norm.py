@@ -1,7 +1,7 @@
-"""Root mean square norms of a few rows in one pass.
+"""Root mean square norms in one pass.
 
-Transformers' norms are six operations of torch, each of which costs more than the arithmetic where
-the rows are few.
+Transformers' norms are six operations of torch: each costs more than the arithmetic where rows are
+few, and goes through memory where they are many.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from tamis.model.linear import SERVED
 from tamis.platform import NATIVE_DTYPES, native_for, native_module
-
-MAX_ROWS = 64
-"""Beyond so many rows torch's operations, which threads share, are no slower."""
 
 
 class RmsStyle(IntEnum):
@@ -88,16 +85,16 @@ def rms_norm(
     width = len(weight)
     dtype = NATIVE_DTYPES[x.dtype]
     operand = norm.operand(weight)
-    rows = x.numel() // width
-    extension.rms_norm(isa or "", dtype, rows, width, x.data_ptr(), operand, y.data_ptr())
+    rows, threads = x.numel() // width, torch.get_num_threads()
+    extension.rms_norm(isa or "", threads, dtype, rows, width, x.data_ptr(), operand, y.data_ptr())
     return y
 
 
 def quick_norms(network: nn.Module) -> None:
-    """Give the norms of a model in fp16 or bf16 on the CPU the kernel for a few rows.
+    """Give the norms of a model in fp16 or bf16 on the CPU the kernel.
 
-    Only instances are changed, and only those that `find_norm` knows. As in
-    `tamis.model.linear.small_batches`, more rows, autograd and fp32 take torch's way.
+    Only instances are changed, and only those that `find_norm` knows. Autograd and fp32 take
+    torch's way.
     """
     for module in network.modules():
         weight = module._parameters.get("weight")
@@ -128,7 +125,7 @@ def _alike(x: Tensor, weight: Tensor) -> bool:
     the kernel, and torch says best what is wrong with an input."""
     width = weight.shape[0]
     return (
-        0 < x.numel() <= MAX_ROWS * width
+        x.numel() > 0
         and x.shape[-1] == width
         and x.dtype == weight.dtype
         and x.dtype in SERVED

@@ -1,8 +1,10 @@
-"""Decoder layers of a few rows, as two calls of the compiled kernels around their attention.
+"""Decoder layers by the compiled kernels.
 
 At one row, a layer's matrices are read in some tens of microseconds, and the modules and torch
-operations between them cost as much again. A layer whose modules are those of Llama's layers (as
-in Mistral and Qwen 2 and 3), and which computes what these say, is run without them.
+operations between them cost as much again: a few rows are two calls around the attention. Many rows
+are multiplied by torch, and what lies between products goes once through memory instead of once per
+operation. So run layers whose modules are those of Llama's (as in Mistral and Qwen 2 and 3) and
+which compute what these say.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from tamis.errors import UnsupportedModelError
 from tamis.model.interface import Attend
 from tamis.model.linear import SERVED, max_rows, readable
 from tamis.model.model import Model
-from tamis.model.norm import RmsNorm, find_norm
+from tamis.model.norm import RmsNorm, find_norm, rms_norm
 from tamis.model.probe import LayerSpec
 from tamis.model.quantized import matrix_of
 from tamis.platform import NATIVE_DTYPES, native_for, native_module
@@ -36,12 +38,12 @@ every operation, and differ in how they add."""
 
 
 @dataclass(frozen=True, eq=False)
-class FewRows:
-    """The forward of one decoder layer: a few rows by the kernels, everything else its own way.
+class FusedLayer:
+    """The forward of one decoder layer by the kernels.
 
-    More rows than `tamis.model.linear.max_rows`, autograd, other dtypes and devices, calls without
-    the `attend` of `Model.forward`, and layers whose modules somebody has hooked are the layer's
-    own.
+    Up to `tamis.model.linear.max_rows` rows the kernels multiply too. Autograd, other dtypes and
+    devices, calls without the `attend` of `Model.forward`, and layers whose modules somebody has
+    hooked take the layer's own way.
 
     Attributes:
         layer: the module.
@@ -77,7 +79,7 @@ class FewRows:
         return (
             x.ndim == 3
             and x.shape[0] == 1
-            and 0 < rows <= max_rows(x.dtype)
+            and rows > 0
             and x.dtype in SERVED
             and x.is_cpu
             and matrix is not None
@@ -119,6 +121,11 @@ class FewRows:
             places: cosines and sines [1, rows, rotated], contiguous, of the same dtype.
             attend: as in `Model.forward`.
         """
+        run = self._few if x.shape[1] <= max_rows(x.dtype) else self._many
+        return run(x, places, attend)
+
+    def _few(self, x: Tensor, places: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Rows that the kernels multiply."""
         extension, spec = native_module(), self.spec
         assert extension is not None
         layer, attention, mlp = self._modules()
@@ -150,16 +157,7 @@ class FewRows:
             k.data_ptr(),
             v.data_ptr(),
         )
-        attended = attend(
-            self.index,
-            q,
-            k,
-            v,
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            sinks=None,
-        ).contiguous()
+        attended = self._attended(q, k, v, attend)
         y = torch.empty_like(x)
         extension.layer_outputs(
             "",
@@ -179,13 +177,65 @@ class FewRows:
         )
         return y
 
+    def _many(self, x: Tensor, places: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Rows that the layer's own linear modules multiply."""
+        extension, spec = native_module(), self.spec
+        assert extension is not None
+        layer, attention, mlp = self._modules()
+        rows, before = x.shape[1], x[0]
+        threads, dtype = torch.get_num_threads(), NATIVE_DTYPES[x.dtype]
+        first, second, q_norm, k_norm = self.norms
+
+        def heads(name: str, n: int, norm: RmsNorm | None) -> Tensor:
+            made: Tensor = attention[f"{name}_proj"](normed)
+            cos, sin = places
+            extension.place_heads(
+                "",
+                threads,
+                dtype,
+                rows,
+                n,
+                spec.k_dim,
+                cos.shape[-1],
+                made.data_ptr(),
+                _norm(norm, attention.get(f"{name}_norm")),
+                cos.data_ptr(),
+                sin.data_ptr(),
+            )
+            return made.view(rows, n, spec.k_dim)
+
+        normed = rms_norm(extension, first, before, layer["input_layernorm"].weight)
+        q, k = heads("q", spec.q_heads, q_norm), heads("k", spec.kv_heads, k_norm)
+        v = attention["v_proj"](normed).view(rows, spec.kv_heads, spec.v_dim)
+        attended = self._attended(q, k, v, attend)
+        between: Tensor = attention["o_proj"](attended.view(rows, -1)).add_(before)
+        normed = rms_norm(extension, second, between, layer["post_attention_layernorm"].weight)
+        gate, up = mlp["gate_proj"](normed), mlp["up_proj"](normed)
+        extension.gate("", threads, dtype, gate.numel(), gate.data_ptr(), up.data_ptr())
+        y: Tensor = mlp["down_proj"](gate).add_(between)
+        return y[None]
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """What `attend` makes of queries, keys and values [rows, heads, dim], contiguous."""
+        spec = self.spec
+        return attend(
+            self.index,
+            q,
+            k,
+            v,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            sinks=None,
+        ).contiguous()
+
     def _modules(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """The modules of the layer, of its attention and of its MLP, by name."""
         layer: dict[str, Any] = self.layer._modules
         return layer, layer["self_attn"]._modules, layer["mlp"]._modules
 
 
-def few_rows(model: Model) -> None:
+def fuse_layers(model: Model) -> None:
     """Let the layers of a model in fp16 or bf16 on the CPU run few rows by the kernels.
 
     Only instances are changed, and only layers that have the modules of Llama's and nothing else,
@@ -213,7 +263,7 @@ def few_rows(model: Model) -> None:
 
 def _recognised(
     layer: nn.Module, attention: nn.Module, index: int, spec: LayerSpec
-) -> FewRows | None:
+) -> FusedLayer | None:
     """The layer's forward by the kernels if its modules are those of Llama's; None if not."""
     if set(layer._modules) != LAYER or layer.self_attn is not attention or spec.sinks:
         return None
@@ -237,10 +287,10 @@ def _recognised(
     missing = norms[:2] if inner == ATTENTION else norms
     if None in missing:
         return None
-    return FewRows(layer, index, spec, tuple(norms))  # type: ignore[arg-type]
+    return FusedLayer(layer, index, spec, tuple(norms))  # type: ignore[arg-type]
 
 
-def _agrees(quick: FewRows, kwargs: dict[str, Any]) -> bool:
+def _agrees(quick: FusedLayer, kwargs: dict[str, Any]) -> bool:
     """Whether a layer's own forward and the kernels give the same for random rows.
 
     Args:
@@ -260,9 +310,12 @@ def _agrees(quick: FewRows, kwargs: dict[str, Any]) -> bool:
     asked = {name: value for name, value in kwargs.items() if name not in ("attend", "probe")}
     with torch.no_grad():
         y = type(layer).forward(layer, x, **asked, attend=own)
-        quick_y = quick.run(x, places, ours)
-    results = zip([*own.tensors, y], [*ours.tensors, quick_y], strict=True)
-    return own.options == ours.options and all(_close(a, b) for a, b in results)
+        for run in (quick._few, quick._many):
+            quick_y = run(x, places, ours)
+            results = zip([*own.tensors, y], [*ours.tensors, quick_y], strict=True)
+            if own.options != ours.options or not all(_close(a, b) for a, b in results):
+                return False
+    return True
 
 
 class _Witness:

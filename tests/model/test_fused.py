@@ -1,4 +1,4 @@
-"""Layers of a few rows by the kernels compute what the layers' own modules compute."""
+"""Layers by the kernels compute what the layers' own modules compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.model import Model, load_model
-from tamis.model.few_rows import FewRows
+from tamis.model.fused import FusedLayer
 from tamis.model.linear import max_rows
 from tamis.model.rows import RowRanges
 from tamis.platform import native_module
@@ -51,7 +51,7 @@ def run(model: Model, n: int, attend: Any = None, **options: Any) -> Any:
     return model.forward(ids, torch.arange(n) + 5, torch.arange(n), attend or Causal(), **options)
 
 
-def quick(model: Model) -> list[FewRows | None]:
+def quick(model: Model) -> list[FusedLayer | None]:
     """The layers' forwards by the kernels."""
     return [layer.__dict__.get("forward") for layer in model.decoder_layers]
 
@@ -60,13 +60,13 @@ def quick(model: Model) -> list[FewRows | None]:
 def calls(monkeypatch) -> Iterator[list[int]]:
     """The rows of every call that the kernels take."""
     found: list[int] = []
-    own = FewRows.run
+    own = FusedLayer.run
 
-    def counted(self: FewRows, x: Tensor, *rest: Any) -> Tensor:
+    def counted(self: FusedLayer, x: Tensor, *rest: Any) -> Tensor:
         found.append(x.shape[1])
         return own(self, x, *rest)
 
-    monkeypatch.setattr(FewRows, "run", counted)
+    monkeypatch.setattr(FusedLayer, "run", counted)
     return found
 
 
@@ -86,11 +86,12 @@ def test_models_are_served_where_their_layers_are_llamas(tiny_dir, name):
 
 @pytest.mark.parametrize("name", sorted(SERVED))
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_few_rows_give_the_layers_own_results(tiny_dir, name, dtype, calls):
+def test_few_and_many_rows_give_the_layers_own_results(tiny_dir, name, dtype, calls):
     model = load_model(tiny_dir(name), dtype=dtype, device="cpu")
     del calls[:]  # those that the layers were tried with
     other, n_layers = plain(model), len(model.layers)
-    for n in (1, 2, 7, max_rows(model.dtype)):
+    most = max_rows(model.dtype)
+    for n in (1, 2, 7, most, most + 1, most + 90):
         ours, theirs = Causal(), Causal()
         lengths = torch.full((n,), n + 5)
         logits = run(model, n, ours, rope_lengths=lengths)
@@ -131,11 +132,10 @@ def test_a_row_sees_neither_threads_nor_other_rows(tiny_dir):
             torch.set_num_threads(before)
 
 
-def test_many_rows_gradients_and_hooks_take_the_layers_own_way(tiny_dir, calls):
+def test_gradients_and_hooks_take_the_layers_own_way(tiny_dir, calls):
     model = load_model(tiny_dir("llama"), dtype="bf16", device="cpu")
     n_layers = len(model.layers)
     del calls[:]
-    run(model, max_rows(model.dtype) + 1)
     at = torch.arange(2)
     model.train_forward(at, at, at, Causal())
     assert calls == []
