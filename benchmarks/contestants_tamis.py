@@ -62,8 +62,9 @@ class Tamis:
         return self.llm.engine.layout.page_size
 
     def profile(self, n_tokens: int) -> dict[str, float]:
-        """Where the time of decoding goes: seconds per token in "linear layers", "attention" and
-        "all else", of `n_tokens` more tokens. The profiler slows "all else" down."""
+        """Where the time of decoding goes: seconds per token in "linear layers", with what is fused
+        to them, "attention" and "all else", of `n_tokens` more tokens. The profiler slows what is
+        "all else" down."""
         profiler = cProfile.Profile()
         profiler.runcall(self.decode, n_tokens)
         parts = dict.fromkeys(("linear layers", "attention", "all else"), 0.0)
@@ -106,7 +107,7 @@ class Tamis:
 
 def _part_of(file: str) -> str:
     """The part of a step that time spent in a Python file belongs to."""
-    if file.endswith("tamis/model/linear.py"):
+    if file.endswith(("tamis/model/linear.py", "tamis/model/fused.py")):
         return "linear layers"
     return "attention" if "tamis/attention/" in file else "all else"
 

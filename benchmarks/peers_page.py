@@ -201,7 +201,8 @@ def _profiles(series: Sequence[Row]) -> str:
     ]
     return (
         "## Where a decode step goes\n\nMilliseconds per token of exact attention, under Python's "
-        "profiler, which slows down what is not a kernel.\n\n" + _table(("", *names), cells)
+        "profiler, which slows down what is not a kernel. Norms, RoPE and activations are fused to "
+        "the linear layers.\n\n" + _table(("", *names), cells)
     )
 
 
