@@ -76,3 +76,19 @@ def test_prompts_come_in_small_chunks_beside_decodes_and_whole_alone(llama: Mode
     before = engine.stats.prefill_tokens
     engine.step()
     assert engine.stats.prefill_tokens - before == 200
+
+
+def test_a_step_that_was_kept_waiting_decides_nothing() -> None:
+    learned = Costs()
+    for _ in range(30):
+        learned.observe(0.010, 4, 0)
+        learned.observe(0.030, 4, 100)
+    calm = Steady().prompt_tokens(learned, 4, 2048)
+    learned.observe(5.0, 4, 0)
+    learned.observe(5.0, 4, 100)
+    assert learned.decode_s == pytest.approx(0.012, rel=0.05)
+    assert learned.prompt_token_s == pytest.approx(0.00024, rel=0.05)
+    assert Steady().prompt_tokens(learned, 4, 2048) == pytest.approx(calm, rel=0.1)
+    for _ in range(30):  # but a change that stays is followed
+        learned.observe(0.100, 4, 0)
+    assert learned.decode_s == pytest.approx(0.100, rel=0.05)

@@ -9,6 +9,9 @@ from tamis.errors import ConfigError
 
 _MEMORY = 0.8
 """Weight of the past in a moving average: a change is followed within about ten steps."""
+_MOST = 2.0
+"""What a step may seem to have cost at the most, of the average: one that the system has kept
+waiting says nothing of those to come, and decides neither pace nor foreseen waits."""
 _LEAST = 4
 """Prompt tokens of a step at the least: a prompt always goes on."""
 
@@ -81,4 +84,6 @@ class Steady(Pace):
 
 
 def _averaged(before: float | None, now: float) -> float:
-    return now if before is None else _MEMORY * before + (1 - _MEMORY) * now
+    if before is None:
+        return now
+    return _MEMORY * before + (1 - _MEMORY) * min(now, _MOST * before)
