@@ -39,7 +39,8 @@ sanitize: $(VENV)/$(EXTRAS).stamp
 	$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/site
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/site \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/attention tests/model/test_linear.py tests/model/test_linear_int8.py tests/model/test_norm.py tests/model/test_fused.py tests/cache/test_moves.py
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/attention tests/cache/test_moves.py \
+	    $(addprefix tests/model/,test_linear.py test_linear_int8.py test_norm.py test_fused.py)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

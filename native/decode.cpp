@@ -130,9 +130,9 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
     const bool ends_run = c % run == run - 1;
     const bool warm = c % run != 0 && c != span.first_chunk;
     const int64_t first_q = row * a.q_row_stride + head * group * a.q_head_stride;
-    attend({span.pages, span.tokens, begin, end, ends_run ? end : span.end, warm, a.k_offset, a.v_offset,
-            a.q + first_q * size_of(a.dtype), a.q_head_stride, group, a.k_dim, a.v_dim, a.scale,
-            a.softcap},
+    attend({span.pages, span.tokens, begin, end, ends_run ? end : span.end, warm, a.k_offset,
+            a.v_offset, a.q + first_q * size_of(a.dtype), a.q_head_stride, group, a.k_dim, a.v_dim,
+            a.scale, a.softcap},
            mine, partials.of(c));
     if (pending[s].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       merge_span(a, span, partials, s, mine + scratch_floats(group, a.k_dim));

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():  # Triton asks when it is first imported, and 
 from transformers import PreTrainedModel
 
 from tamis import shipped
+from tamis.platform import native_module
 from tests import tiny_models
 
 
@@ -29,6 +31,15 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """The compiled kernels; without them the tests of the native backend are skipped."""
+    module = native_module(warn=False)
+    if module is None:
+        pytest.skip("the extension is not built")
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,19 +14,13 @@ from tamis.model import Model, load_model
 from tamis.model.fused import FusedLayer
 from tamis.model.linear import max_rows
 from tamis.model.rows import RowRanges
-from tamis.platform import native_module
 from tests.tiny_models import CONFIGS
 
 SERVED = {"qwen2", "qwen3", "mistral"} | {name for name in CONFIGS if name.startswith("llama")}
 """Models of tiny_models whose layers are Llama's, with biases, norms of heads, or a window."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def extension() -> ModuleType:
-    module = native_module(warn=False)
-    if module is None:
-        pytest.skip("the extension is not built")
-    return module
+pytestmark = pytest.mark.usefixtures("extension")
 
 
 class Causal:

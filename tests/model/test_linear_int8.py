@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,24 +11,11 @@ from tamis.model import load_model
 from tamis.model.fused import FusedLayer
 from tamis.model.linear import FEW_ROWS, linear, max_rows, small_batches
 from tamis.model.quantized import matrix_of, quantize_weights
-from tamis.platform import native_module
+from tests.instruction_sets import isas
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Half the distance of neighbours just above 1: the most that one rounding changes them."""
-
-
-@pytest.fixture(scope="session")
-def extension() -> ModuleType:
-    module = native_module(warn=False)
-    if module is None:
-        pytest.skip("the extension is not built")
-    return module
-
-
-def isas() -> list[str]:
-    module = native_module(warn=False)
-    return module.isas() if module is not None else []
 
 
 def operands(rows: int, width: int, out: int, dtype: torch.dtype = torch.bfloat16):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from tamis.model import load_model
 from tamis.model import norm as norms
 from tamis.model.norm import RmsStyle, find_norm, quick_norms, rms_norm
-from tamis.platform import native_module
+from tests.instruction_sets import isas
 
 HALVES = (torch.bfloat16, torch.float16)
 EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -24,19 +23,6 @@ KINDS = {
     RmsStyle.WEIGHTED: GptOssRMSNorm,
     RmsStyle.PLUS_ONE: Gemma2RMSNorm,
 }
-
-
-@pytest.fixture(scope="session")
-def extension() -> ModuleType:
-    module = native_module(warn=False)
-    if module is None:
-        pytest.skip("the extension is not built")
-    return module
-
-
-def isas() -> list[str]:
-    module = native_module(warn=False)
-    return module.isas() if module is not None else []
 
 
 def made(style: RmsStyle, width: int, dtype: torch.dtype) -> nn.Module:
