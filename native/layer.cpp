@@ -28,10 +28,7 @@ struct Member {
   // Calls each(begin, end) for this thread's share of `n` things, in units of `unit`.
   template <class Each>
   void share(int64_t n, int64_t unit, Each each) const {
-    const int64_t units = (n + unit - 1) / unit;
-    const int64_t begin = units * index / count * unit;
-    const int64_t end = std::min(n, units * (index + 1) / count * unit);
-    if (begin < end) each(begin, end);
+    tamis::share(n, unit, index, count, each);
   }
 
   // This thread's outputs of y [rows, matrix.out] = x matrix, x [rows, in].

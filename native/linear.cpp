@@ -2,10 +2,10 @@
 
 #include "linear.h"
 
-#include <algorithm>
 #include <memory>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace tamis {
 namespace {
@@ -23,16 +23,15 @@ LinearRange* linear_range_of(const Kernels& kernels, const LinearArgs& args) {
 void linear(const LinearArgs& a, Isa isa, int threads) {
   const int64_t size = a.scales != nullptr ? 1 : size_of(a.dtype);
   if (a.out * a.in * size < kParallelBytes) threads = 1;
-  const int64_t blocks = (a.out + kOutputs - 1) / kOutputs;
   const int64_t scratch_size = linear_scratch_floats(a.rows, a.in);
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
   LinearRange* const range = linear_range_of(kernels(isa), a);
 
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int part = 0; part < threads; ++part) {
-    const int64_t begin = blocks * part / threads * kOutputs;
-    const int64_t end = std::min(a.out, blocks * (part + 1) / threads * kOutputs);
-    range(a, begin, end, scratch.get() + part * scratch_size);
+#pragma omp parallel num_threads(threads)
+  {
+    float* const mine = scratch.get() + thread_index() * scratch_size;
+    share(a.out, kOutputs, thread_index(), team_size(),
+          [&](int64_t begin, int64_t end) { range(a, begin, end, mine); });
   }
 }
 
