@@ -43,6 +43,7 @@ def page_tables(counts: list[list[int]], format: PageFormat) -> tuple[torch.Tens
     dims=st.sampled_from([(8, 8), (16, 24), (3, 5)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     starts_dtype=st.sampled_from([torch.int32, torch.int64]),
+    beyond=st.integers(0, 20),
     seed=st.integers(0, 100),
 )
 def test_tokens_land_where_they_belong(
@@ -53,8 +54,10 @@ def test_tokens_land_where_they_belong(
     dims: tuple[int, int],
     dtype: torch.dtype,
     starts_dtype: torch.dtype,
+    beyond: int,
     seed: int,
 ) -> None:
+    """And those that are no row's, `beyond` the last row, nowhere."""
     torch.manual_seed(seed)
     dense = PageFormat.dense(page_size, *dims, dtype)
     format = PageFormat(page_size, (*dense.fields, Field("score", torch.float32, 2)))
@@ -64,7 +67,7 @@ def test_tokens_land_where_they_belong(
         for row, added in zip(lengths, new, strict=True)
     ]
     data, tables = page_tables(counts, format)
-    tokens = sum(new)
+    tokens = sum(new) + beyond
     # As models hand them over: [kv_heads, tokens, dim] transposed.
     k, v = (torch.randn(2, tokens, dim).to(dtype).transpose(0, 1) for dim in dims)
     positions = torch.randint(0, 1000, (tokens,), dtype=torch.int32)

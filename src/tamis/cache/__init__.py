@@ -43,8 +43,9 @@ fork copies it first.
 
 from tamis.cache.arena import Arena
 from tamis.cache.batch import BatchView
-from tamis.cache.common import CommonPrefix
+from tamis.cache.common import CommonPrefix, worth_sharing
 from tamis.cache.copies import OutOfSwap
+from tamis.cache.fixed import FixedBatch
 from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.layout import CacheLayout, LayerShape
 from tamis.cache.paged import PagedCache
@@ -61,6 +62,7 @@ __all__ = [
     "CacheLayout",
     "CommonPrefix",
     "Field",
+    "FixedBatch",
     "LayerShape",
     "OutOfPages",
     "OutOfSwap",
@@ -74,4 +76,5 @@ __all__ = [
     "Store",
     "Tier",
     "together",
+    "worth_sharing",
 ]

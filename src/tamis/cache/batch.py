@@ -10,7 +10,7 @@ import torch
 from tamis.cache import moves
 from tamis.cache.format import PagedKV
 from tamis.cache.paged import PagedCache
-from tamis.cache.pool import PageError
+from tamis.cache.pool import IntArray, PageError
 from tamis.cache.sequence import SequenceCache
 
 
@@ -64,9 +64,7 @@ class BatchView:
         shape = (len(sequences), cache.layout.n_rows)
         tables = np.zeros((*shape, width), dtype=np.int32)
         lengths = np.empty((2, *shape), dtype=np.int32)
-        for i, sequence in enumerate(sequences):
-            tables[i, :, : sequence.width] = sequence.tables[:, : sequence.width]
-            lengths[0, i] = sequence.lengths
+        gather_tables(sequences, tables, lengths[0])
         counts = np.array(new_tokens, dtype=np.int32)
         np.add(lengths[0], np.array(added, dtype=np.int32)[:, None], out=lengths[1])
         starts = np.zeros(len(sequences) + 1, dtype=np.int64)
@@ -144,6 +142,14 @@ class BatchView:
             self._tables[start:stop, rows],
             lengths[start:stop, rows],
         )
+
+
+def gather_tables(sequences: Sequence[SequenceCache], tables: IntArray, lengths: IntArray) -> None:
+    """Copy the page tables and lengths of some sequences to the first rows of `tables` [n, rows,
+    width] and `lengths` [n, rows]; entries past a sequence's last page stay as they are."""
+    for i, sequence in enumerate(sequences):
+        tables[i, :, : sequence.width] = sequence.tables[:, : sequence.width]
+        lengths[i] = sequence.lengths
 
 
 def _groups(in_place: Sequence[bool]) -> list[tuple[slice, bool]]:

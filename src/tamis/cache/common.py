@@ -9,6 +9,7 @@ import torch
 
 from tamis.cache.batch import BatchView
 from tamis.cache.format import PagedKV
+from tamis.cache.layout import CacheLayout
 from tamis.cache.pool import IntArray
 
 
@@ -55,16 +56,7 @@ class CommonPrefix:
         Returns:
             None if nothing that they share is worth it.
         """
-        rows = np.setdiff1d(np.arange(view.tables.shape[1]), view.layout.window_rows)
-        if stop < 2 or not rows.size:
-            return None
-        tables, size = view.tables[:stop, rows], view.layout.page_size
-        full = view.lengths[:stop, rows].min(axis=1) // size
-        found = [
-            group
-            for group in common_pages(tables, full)
-            if (len(group.members) - 1) * group.n_pages * size >= least
-        ]
+        found = worth_sharing(view.tables[:stop], view.lengths[:stop], view.layout, least)
         return cls(view, found) if found else None
 
     def shared(self, layer: int, group: int) -> PagedKV:
@@ -83,6 +75,29 @@ class CommonPrefix:
         return PagedKV(
             pages.data, pages.format, self._tables[:stop, rows], self._lengths[:stop, rows]
         )
+
+
+def worth_sharing(
+    tables: IntArray, lengths: IntArray, layout: CacheLayout, least: int
+) -> list[CommonPages]:
+    """What the sequences of a batch have in common, as `CommonPrefix.of`; empty for nothing.
+
+    Args:
+        tables: page ids, int32 [n, rows, pages].
+        lengths: tokens, int32 [n, rows].
+        layout: of the rows.
+        least: the fewest tokens that a group must save.
+    """
+    rows = np.setdiff1d(np.arange(tables.shape[1]), layout.window_rows)
+    if len(tables) < 2 or not rows.size:
+        return []
+    tables, size = tables[:, rows], layout.page_size
+    full = lengths[:, rows].min(axis=1) // size
+    return [
+        group
+        for group in common_pages(tables, full)
+        if (len(group.members) - 1) * group.n_pages * size >= least
+    ]
 
 
 def common_pages(tables: IntArray, full: IntArray) -> list[CommonPages]:

@@ -44,7 +44,7 @@ def append(
         data.view(torch.int32),
         tables,
         lengths,
-        starts.to(torch.int64).contiguous(),
+        starts.contiguous(),
         k,
         v,
         positions.contiguous(),
@@ -57,7 +57,6 @@ def append(
         v.stride(0),
         v.stride(1),
         n,
-        tokens,
         ROWS=_power(n),
         TOKENS=TOKENS,
         PAGE=format.page_size,
@@ -99,7 +98,6 @@ def _append(
     v_token,
     v_head,
     n,
-    tokens,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -117,9 +115,9 @@ def _append(
     """Some new tokens of one head: each finds its row, its page and its place there."""
     new = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
-    real = new < tokens
+    real = new < tl.load(starts + n)
     end = tl.arange(0, ROWS)
-    ends = tl.load(starts + 1 + end, mask=end < n, other=9223372036854775807)
+    ends = tl.load(starts + 1 + end, mask=end < n, other=2147483647)
     row = tl.sum((ends[None, :] <= new[:, None]).to(tl.int32), 1)
     token = tl.load(lengths + row * lengths_row + head * lengths_head, mask=real, other=0)
     token += (new - tl.load(starts + row, mask=real, other=0)).to(tl.int32)

@@ -27,6 +27,7 @@ def append(
 
     New token `t` of row `i` becomes cached token `lengths[i, h] + t` of every head `h`, on a page
     that `tables` must already name. Lengths, tables and other fields of the pages stay as they are.
+    Tokens from starts[n] on are no row's, and are written nowhere.
 
     Args:
         data: the arena's bytes, uint8 [capacity].
@@ -65,7 +66,8 @@ def _reference(
     """`append` in plain torch, on any device."""
     counts = starts.diff()
     row = torch.repeat_interleave(torch.arange(len(counts), device=k.device), counts)
-    within = torch.arange(len(k), device=k.device) - starts[:-1].long()[row]
+    k, v, positions = (new[: len(row)] for new in (k, v, positions))
+    within = torch.arange(len(row), device=k.device) - starts[:-1].long()[row]
     token = lengths[row].long() + within[:, None]  # [tokens, kv_heads]
     page = tables[row].gather(2, (token // format.page_size)[..., None])[..., 0].long()
     slot = token % format.page_size

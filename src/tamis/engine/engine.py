@@ -17,6 +17,7 @@ from tamis.engine import draft as drafts
 from tamis.engine import inspection
 from tamis.engine.context import Context, Contexts, check_context_plan
 from tamis.engine.flat import FlatBatch, as_logprob
+from tamis.engine.graphs import Capture, DecodeGraphs
 from tamis.engine.layered import Member, StepBatch
 from tamis.engine.lifecycle import Lifecycle, columns
 from tamis.engine.memory import added_at_once, prompt_tokens_held
@@ -86,8 +87,11 @@ class Engine:
         prefix_cache: whether requests begin with the pages that earlier ones computed for the same
             tokens. These are kept in `kv_bytes` until somebody else needs the room, and then in
             what preempted requests leave of `swap_bytes`.
+        capture: how decode steps are recorded to be run again (`tamis.engine.graphs`); None runs
+            each of them anew.
 
     Attributes:
+        graphs: the recorded decode steps, None without `capture`.
         prefixes: what is kept for later requests, with counters.
         contexts: what `add_context` has computed.
 
@@ -110,6 +114,7 @@ class Engine:
         order: Order | None = None,
         pace: Pace | None = None,
         prefix_cache: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_tokens", max_batch_tokens),
@@ -152,6 +157,7 @@ class Engine:
             pace or Full(),
             self.prefixes,
         )
+        self.graphs = None if capture is None else DecodeGraphs(model, self.cache, capture)
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
@@ -433,28 +439,11 @@ class Engine:
         for item in work:
             self._watch(item.sequence)
         flat = FlatBatch.of(work, self.model)
-        device = self.cache.arena.data.device
-        position = torch.tensor(flat.positions, dtype=torch.int32, device=device)
-        batch = StepBatch(self.cache, [_member(item) for item in work], position)
-        inputs = (
-            torch.tensor(flat.tokens, device=device),
-            position.long(),
-            torch.tensor(flat.sample_at + flat.score_at, dtype=torch.long, device=device),
-        )
-        rope = torch.tensor(flat.rope_lengths, device=device) if self.model.dynamic_rope else None
-        similar = any(
-            s.life is not None and s.life.plan.needs.similarity and not s.life.generating
-            for s in sequences
-        )
-        measure = batch.measure if similar else None
         began = time.perf_counter()
-        if flat.rows is None:
-            logits = self.model.forward(*inputs, batch.attend, rope, measure=measure)
-            left = None
-        else:
-            logits, left = self.model.forward(
-                *inputs, batch.attend, rope, rows=flat.rows, measure=measure
-            )
+        left = None
+        logits = None if self.graphs is None else self.graphs.logits(sequences, flat)
+        if logits is None:
+            logits, left = self._run(work, flat)
         self.stats.forward_s += time.perf_counter() - began
         at = 0
         failed: dict[Sequence, Exception] = {}
@@ -477,6 +466,33 @@ class Engine:
             if sequence not in failed
         ]
         return outcomes, list(failed.items())
+
+    def _run(self, work: list[Work], flat: FlatBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the model on any work.
+
+        Returns:
+            Logits of the rows `sample_at` and `score_at`, fp32 [m, vocab]; and the hidden states of
+            rows that leave before the last layer, where `flat.rows` says that some do.
+        """
+        device = self.cache.arena.data.device
+        position = torch.tensor(flat.positions, dtype=torch.int32, device=device)
+        batch = StepBatch(self.cache, [_member(item) for item in work], position)
+        inputs = (
+            torch.tensor(flat.tokens, device=device),
+            position.long(),
+            torch.tensor(flat.sample_at + flat.score_at, dtype=torch.long, device=device),
+        )
+        rope = torch.tensor(flat.rope_lengths, device=device) if self.model.dynamic_rope else None
+        lives = [item.sequence.life for item in work]
+        similar = any(
+            life is not None and life.plan.needs.similarity and not life.generating
+            for life in lives
+        )
+        measure = batch.measure if similar else None
+        rows = flat.rows
+        if rows is None:
+            return self.model.forward(*inputs, batch.attend, rope, measure=measure), None
+        return self.model.forward(*inputs, batch.attend, rope, rows=rows, measure=measure)
 
     def _watch(self, sequence: Sequence) -> None:
         """Begin the passes of a generated token where its plan has some, and see that what a pass
