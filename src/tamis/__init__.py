@@ -13,9 +13,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tamis.async_llm import AsyncLLM as AsyncLLM
     from tamis.inspection import Inspection as Inspection
     from tamis.llm import LLM as LLM
-    from tamis.llm import AsyncLLM as AsyncLLM
     from tamis.plan import Plan as Plan
     from tamis.sampling import SamplingParams as SamplingParams
 
@@ -24,7 +24,7 @@ __all__ = ["LLM", "AsyncLLM", "Inspection", "Plan", "SamplingParams", "__version
 
 _HOME = {
     "LLM": "tamis.llm",
-    "AsyncLLM": "tamis.llm",
+    "AsyncLLM": "tamis.async_llm",
     "Inspection": "tamis.inspection",
     "Plan": "tamis.plan",
     "SamplingParams": "tamis.sampling",

@@ -216,9 +216,9 @@ def serve(
         log_format=log_format.value,
     )
     its_plan = Plan.parse(plan)
+    from tamis.async_llm import AsyncLLM
     from tamis.engine.order import ByPriority, FairShare, FirstCome
     from tamis.engine.pace import Full, Steady
-    from tamis.llm import AsyncLLM
     from tamis.server.process import serve as serve_until_stopped
 
     orders = {

@@ -10,7 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from tamis import __version__
-from tamis.llm import AsyncLLM
+from tamis.async_llm import AsyncLLM
 from tamis.server import dashboard, errors
 from tamis.server.body import BodyLimit
 from tamis.server.errors import ApiError

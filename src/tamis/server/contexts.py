@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tamis.async_llm import AsyncLLM
 from tamis.engine.outputs import RequestOutput
 from tamis.errors import TamisError
-from tamis.llm import AsyncLLM
 from tamis.plan import Plan
 from tamis.platform import format_bytes
 from tamis.server.answer import Job

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from tamis.async_llm import AsyncLLM
 from tamis.engine.outputs import Increment, RequestOutput
 from tamis.engine.stream import RequestStream
-from tamis.llm import AsyncLLM
 from tamis.server.answer import Job
 from tamis.server.errors import ApiError
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from tamis.async_llm import AsyncLLM
 from tamis.guide import JsonGuide
-from tamis.llm import AsyncLLM
 from tamis.sampling import SamplingParams
 from tamis.server.answer import Job
 from tamis.server.contexts import Contexts

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from tamis.async_llm import AsyncLLM
 from tamis.errors import ConfigError
-from tamis.llm import AsyncLLM
 from tamis.server import logs
 from tamis.server.admission import Admission
 from tamis.server.app import create_app

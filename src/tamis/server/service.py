@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tamis.async_llm import AsyncLLM
 from tamis.errors import TamisError
-from tamis.llm import AsyncLLM
 from tamis.server import chat, completions
 from tamis.server.admission import Admission
 from tamis.server.answer import Head, Job, Writer
