@@ -32,7 +32,8 @@ lint: $(VENV)/$(EXTRAS).stamp
 # Python itself is not instrumented, hence the preloaded runtimes; it leaks on purpose.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/$(EXTRAS).stamp
-	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DTAMIS_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DTAMIS_SANITIZE=ON \
+	  -DTAMIS_EMULATE_AMX=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site && cp -r src/tamis $(SANITIZED)/site/
 	rm -f $(SANITIZED)/site/tamis/*.so

@@ -4,6 +4,10 @@
 
 #ifdef TAMIS_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace tamis {
@@ -30,9 +34,17 @@ uint64_t saved_state() {
 
 bool has(unsigned bits, int bit) { return bits >> bit & 1u; }
 
-}  // namespace
+// Whether the system lets this process use tiles, whose 8 KiB it saves only for those that asked.
+bool tiles_are_permitted() {
+#ifdef __linux__
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
-CpuFeatures cpu_features() {
+CpuFeatures detected() {
   CpuFeatures found{};
   const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = cpuid(7, 1);
   constexpr int osxsave = 27;
@@ -46,22 +58,51 @@ CpuFeatures cpu_features() {
                  has(extended.ebx, 30) && has(extended.ebx, 31);
   found.avx512_bf16 = found.avx512 && has(more.eax, 5);
   found.avx512_vnni = found.avx512 && has(extended.ecx, 11);
-  found.amx = tiles && has(extended.edx, 22) && has(extended.edx, 24);
+  found.amx = tiles && found.avx512_bf16 && found.avx512_vnni && has(extended.edx, 22) &&
+              has(extended.edx, 24) && tiles_are_permitted();
   return found;
 }
+
+}  // namespace
 #else
-CpuFeatures cpu_features() { return {}; }
+static CpuFeatures detected() { return {}; }
 #endif
 
-Isa best_isa() {
+CpuFeatures cpu_features() {
   // Asked once: under a hypervisor cpuid takes microseconds.
-  static const Isa best = [] {
-    const CpuFeatures found = cpu_features();
-    if (found.avx512_bf16 && found.avx512_vnni) return Isa::avx512_bf16;
-    if (found.avx512) return Isa::avx512;
-    return found.avx2 ? Isa::avx2 : Isa::portable;
-  }();
-  return best;
+  static const CpuFeatures found = detected();
+  return found;
+}
+
+bool runs(Isa isa) {
+  const CpuFeatures found = cpu_features();
+  switch (isa) {
+    case Isa::portable:
+      return true;
+    case Isa::avx2:
+      return found.avx2;
+    case Isa::avx512:
+      return found.avx512;
+    case Isa::avx512_bf16:
+      return found.avx512_bf16 && found.avx512_vnni;
+    case Isa::amx:
+      return found.amx;
+    case Isa::amx_emulated:
+#ifdef TAMIS_EMULATE_AMX
+      return found.avx512_bf16 && found.avx512_vnni;
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+Isa best_isa() {
+  constexpr Isa from_the_best[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2};
+  for (const Isa isa : from_the_best) {
+    if (runs(isa)) return isa;
+  }
+  return Isa::portable;
 }
 
 }  // namespace tamis

@@ -34,6 +34,8 @@ Kernels kernels_portable();
 Kernels kernels_avx2();
 Kernels kernels_avx512();
 Kernels kernels_avx512_bf16();
+Kernels kernels_amx();
+Kernels kernels_amx_emulated();
 
 // The kernels of `isa`, which this machine must run.
 Kernels kernels(Isa isa);

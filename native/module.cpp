@@ -27,8 +27,6 @@ using namespace nb::literals;
 namespace tamis {
 namespace {
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -37,8 +35,8 @@ T* at(uintptr_t address) {
 // The instruction set called `name`; the best one for an empty name.
 Isa isa_named(const std::string& name) {
   if (name.empty()) return best_isa();
-  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {
-    if (name == kIsaNames[i]) return static_cast<Isa>(i);
+  for (int i = 0; i < kIsas; ++i) {
+    if (name == kIsaNames[i] && runs(static_cast<Isa>(i))) return static_cast<Isa>(i);
   }
   throw std::invalid_argument("this machine does not run the instruction set " + name);
 }
@@ -432,7 +430,9 @@ nb::dict cpu_features_dict() {
 
 nb::list isas() {
   nb::list names;
-  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) names.append(kIsaNames[i]);
+  for (int i = 0; i < kIsas; ++i) {
+    if (runs(static_cast<Isa>(i))) names.append(kIsaNames[i]);
+  }
   return names;
 }
 
@@ -442,7 +442,9 @@ nb::list isas() {
 NB_MODULE(_native, m) {
   m.doc() = "tamis's kernels for the CPU.";
   m.def("cpu_features", tamis::cpu_features_dict, "Features of the processor, by name.");
-  m.def("isas", tamis::isas, "Instruction sets that this machine runs, the best one last.");
+  m.def("isas", tamis::isas,
+        "Instruction sets that this machine runs, from the least to the most demanding; a build "
+        "for tests has an emulated one last.");
   m.def("decode", tamis::decode_call, "isa"_a, "threads"_a, "dtype"_a, "n"_a, "q_heads"_a,
         "kv_heads"_a, "k_dim"_a, "v_dim"_a, "q"_a, "q_row_stride"_a, "q_head_stride"_a, "data"_a,
         "page_size"_a, "k_offset"_a, "v_offset"_a, "position_offset"_a, "tables"_a,

@@ -45,7 +45,7 @@ static constexpr int64_t query_tile(int64_t group) {
 
 // Floats of scratch that an ObserveSpan needs.
 static constexpr int64_t span_scratch_floats(int64_t group, int64_t k_dim) {
-  const int64_t rows = (query_tile(group) * group + kRows - 1) / kRows * kRows;
+  const int64_t rows = query_tile(group) * group + kMostRows - 1;
   return padded(k_dim) * (kSpan + rows) + rows * kKeys + group * kSpan;
 }
 

@@ -73,6 +73,7 @@ class SpanKernel {
   Unit* const keys_;      // [k_units_, kSpan]
   int64_t position_[kSpan];
   int64_t low_[kQueryRows], high_[kQueryRows];  // token i of the tile sees keys low_[i]..high_[i]
+  typename Matrix::Product product_;
 
  public:
   SpanKernel(const ObserveArgs& args, int64_t head, int64_t begin, int64_t end, float* scratch)
@@ -82,8 +83,8 @@ class SpanKernel {
         count_(end - begin),
         group_(args.q_heads / args.kv_heads),
         tile_(query_tile(group_)),
-        whole_rows_(Matrix::round_up(tile_ * group_, kRows)),
-        k_units_((args.k_dim + Matrix::kPack - 1) / Matrix::kPack),
+        whole_rows_(Matrix::whole_rows(tile_ * group_)),
+        k_units_(Matrix::units(args.k_dim)),
         scores_(scratch),
         sums_(scores_ + whole_rows_ * kKeys),
         queries_(reinterpret_cast<Unit*>(sums_ + group_ * kSpan)),
@@ -138,8 +139,8 @@ class SpanKernel {
     }
     for (int64_t at = low_[0] / kKeys * kKeys; at < high_[tokens - 1]; at += kKeys) {
       const int64_t keys = count_ - at < kKeys ? count_ - at : kKeys;
-      Matrix::multiply(Matrix::round_up(tokens * group_, kRows), queries_, k_units_, keys_ + at,
-                       kSpan, k_units_, Matrix::round_up(keys, Isa::kWidth), false, scores_, kKeys);
+      product_.multiply(Matrix::whole_rows(tokens * group_), queries_, k_units_, keys_ + at, kSpan,
+                        k_units_, Matrix::round_up(keys, Isa::kWidth), false, scores_, kKeys);
       for (int64_t i = 0; i < tokens; ++i) {
         const int64_t low = low_[i] > at ? low_[i] - at : 0;
         const int64_t high = high_[i] - at < keys ? high_[i] - at : keys;

@@ -37,13 +37,15 @@ struct PrefillArgs {
   float* lse;                // [tokens, q_heads]
 };
 
-// Keys that meet a tile of queries at once, and rows of queries that meet a key in registers.
+// Keys that meet a tile of queries at once.
 constexpr int64_t kKeys = 128;
-constexpr int64_t kRows = 6;
+
+// Rows of queries are padded to whole tiles of registers, which have at most this many.
+constexpr int64_t kMostRows = 16;
 
 // Floats of scratch that a PrefillTile of `rows` (token, query head) pairs needs.
 static constexpr int64_t prefill_scratch_floats(int64_t rows, int64_t k_dim, int64_t v_dim) {
-  const int64_t whole = (rows + kRows - 1) / kRows * kRows;
+  const int64_t whole = rows + kMostRows - 1;
   return whole * (padded(k_dim) + padded(v_dim) + 2 * kKeys + 2) +
          kKeys * (padded(k_dim) + padded(v_dim));
 }

@@ -50,6 +50,7 @@ class PrefillKernel {
   Unit* const values_;             // [kKeys / kPack, v_pad_]
   int64_t band_ = 0;  // last keys that a row sees of the tiles at work; 0 for all
   Tile tile_;
+  typename Matrix::Product product_;
 
  public:
   PrefillKernel(const PrefillArgs& args, const QueryTile& work, float* scratch)
@@ -58,8 +59,8 @@ class PrefillKernel {
         head_(work.q_head / (args.q_heads / args.kv_heads)),
         length_(args.lengths != nullptr ? args.lengths[head_ * args.lengths_head_stride] : 0),
         rows_((work.last - work.first) * work.heads),
-        whole_rows_((rows_ + kRows - 1) / kRows * kRows),
-        k_units_((args.k_dim + kPack - 1) / kPack),
+        whole_rows_(Matrix::whole_rows(rows_)),
+        k_units_(Matrix::units(args.k_dim)),
         v_pad_(padded(args.v_dim)),
         sums_(scratch),
         scores_(sums_ + whole_rows_ * v_pad_),
@@ -203,8 +204,8 @@ class PrefillKernel {
   void multiply() {
     Matrix::pack_columns(tile_.k, tile_.count, a_.k_dim, keys_, kKeys);
     Matrix::pack_rows(tile_.v, tile_.count, a_.v_dim, values_, v_pad_);
-    Matrix::multiply(whole_rows_, queries_, k_units_, keys_, kKeys, k_units_,
-                     Matrix::round_up(tile_.count, kWidth), false, scores_, kKeys);
+    product_.multiply(whole_rows_, queries_, k_units_, keys_, kKeys, k_units_,
+                      Matrix::round_up(tile_.count, kWidth), false, scores_, kKeys);
     int64_t begin = 0, end = 0;  // what a row sees: both ascend with its token
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t token = token_of(r), last = length_ + token;
@@ -218,8 +219,8 @@ class PrefillKernel {
       }
       soften(r, begin, end);
     }
-    Matrix::multiply(whole_rows_, weights_, kKeys / kPack, values_, v_pad_,
-                     Matrix::round_up(tile_.count, kPack) / kPack, v_pad_, true, sums_, v_pad_);
+    product_.multiply(whole_rows_, weights_, kKeys / kPack, values_, v_pad_,
+                      Matrix::units(tile_.count), v_pad_, true, sums_, v_pad_);
   }
 
   // Turn the scores of row `r` into weights exp(score - top), zero outside of begin..end, and
