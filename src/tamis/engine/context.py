@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tamis.cache import Block, SequenceCache
+from tamis.cache import Block, PagedCache, SequenceCache
 from tamis.engine.lifecycle import Lifecycle
 from tamis.errors import RequestError
 from tamis.plan import Plan
@@ -50,10 +50,12 @@ class Contexts:
     """The contexts of an engine, by their ids.
 
     Args:
+        cache: where their pages lie.
         prefixes: of which contexts keep what they share.
     """
 
-    def __init__(self, prefixes: PrefixReuse) -> None:
+    def __init__(self, cache: PagedCache, prefixes: PrefixReuse) -> None:
+        self._cache = cache
         self._prefixes = prefixes
         self._named: dict[str, Context] = {}
         self._kept: list[Context] = []  # the deleted ones that are in use among them
@@ -65,9 +67,10 @@ class Contexts:
         return context_id in self._named
 
     @property
-    def caches(self) -> list[SequenceCache]:
-        """The pages of all that are kept."""
-        return [context.cache for context in self._kept if context.cache is not None]
+    def bytes(self) -> int:
+        """Bytes of the pages of all that are kept, on the device, each counted once."""
+        caches = [context.cache for context in self._kept if context.cache is not None]
+        return self._cache.distinct_bytes(caches) if caches else 0
 
     def find(self, context_id: str) -> Context:
         """The context of that id.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ import torch
 from tamis.cache import CacheLayout, LayerShape, PagedCache
 from tamis.engine import draft as drafts
 from tamis.engine import inspection
+from tamis.engine.admission import Admission
 from tamis.engine.context import Context, Contexts, check_context_plan
 from tamis.engine.flat import FlatBatch, as_logprob
 from tamis.engine.graphs import Capture, DecodeGraphs
 from tamis.engine.layered import Member, StepBatch
-from tamis.engine.lifecycle import Lifecycle, columns
-from tamis.engine.memory import added_at_once, prompt_tokens_held
 from tamis.engine.order import FirstCome, Order
 from tamis.engine.outputs import FinishReason, Increment, TokenLogprob
 from tamis.engine.pace import Full, Pace
@@ -32,13 +30,10 @@ from tamis.engine.sequence import Request, Sequence, Status
 from tamis.engine.text import TextStream
 from tamis.engine.trace import Trace
 from tamis.engine.wait import expected_wait_s
-from tamis.errors import ConfigError, KVMemoryError, PlanError, RequestError
-from tamis.methods.base import Reuse
-from tamis.methods.registry import methods
+from tamis.errors import ConfigError, KVMemoryError, RequestError
 from tamis.methods.views import LayerShape as MethodLayerShape
 from tamis.methods.views import ModelShape
 from tamis.model import Model
-from tamis.model.model import UNLIMITED
 from tamis.plan import Plan
 from tamis.platform import format_bytes
 from tamis.sampling import SamplingParams
@@ -92,6 +87,7 @@ class Engine:
 
     Attributes:
         graphs: the recorded decode steps, None without `capture`.
+        admission: which requests are taken in.
         prefixes: what is kept for later requests, with counters.
         contexts: what `add_context` has computed.
 
@@ -145,7 +141,7 @@ class Engine:
         # Where keys depend on the length of what they are part of, a prefix is not its own.
         same = not model.dynamic_rope
         self.prefixes = PrefixReuse(self.cache, self.shape, enabled=prefix_cache and same)
-        self.contexts = Contexts(self.prefixes)
+        self.contexts = Contexts(self.cache, self.prefixes)
         self.scheduler = Scheduler(
             self.cache,
             max_batch_tokens,
@@ -157,11 +153,18 @@ class Engine:
             pace or Full(),
             self.prefixes,
         )
+        self.admission = Admission(
+            model,
+            self.cache,
+            self.shape,
+            self.contexts,
+            max_batch_tokens=self.scheduler.max_batch_tokens,
+            max_running=self.scheduler.max_running,
+        )
         self.graphs = None if capture is None else DecodeGraphs(model, self.cache, capture)
         self.stats = EngineStats()
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
-        self._sound: set[Plan] = set()  # plans that fit this model
 
     @property
     def idle(self) -> bool:
@@ -205,28 +208,11 @@ class Engine:
         """
         names = [context] if isinstance(context, str) else list(context or ())
         contexts = [self.contexts.find(name) for name in names]
-        reuse = None if plan is None else plan.reuse
-        if len(contexts) > 1 and reuse is None:
-            joining = " or ".join(f"'{name}()'" for name in _joining())
-            raise RequestError(
-                f"the request names {len(contexts)} contexts, and the plan {plan or Plan()} goes "
-                f"on from one; {joining} would join them"
-            )
-        if contexts and reuse is not None:
-            _check_reused(contexts, reuse)
-        before = contexts[0] if contexts and reuse is None else None
+        self.admission.check_contexts(contexts, plan, params, traced=trace is not None)
+        joined = plan is not None and plan.reuse is not None
+        before = contexts[0] if contexts and not joined else None
         if before is not None:
-            if plan is not None and plan != before.plan:
-                raise RequestError(
-                    f"the context {before.id!r} lives by the plan {before.plan}, so its requests "
-                    f"cannot live by {plan}; leave their plan out"
-                )
             plan = before.plan
-        if contexts and (params.prompt_logprobs is not None or trace is not None):
-            raise RequestError(
-                "a request that goes on from a context does not compute its prompt, so it has "
-                "neither prompt_logprobs nor an inspection"
-            )
         if plan is not None and not contexts:
             plan = plan.without_reuse
         return self._add(
@@ -288,8 +274,7 @@ class Engine:
     @property
     def context_bytes(self) -> int:
         """Bytes of the pages of all contexts on the device, each counted once."""
-        caches = self.contexts.caches
-        return self.cache.distinct_bytes(caches) if caches else 0
+        return self.contexts.bytes
 
     def _add(
         self,
@@ -312,24 +297,11 @@ class Engine:
         before = [context] if context is not None else reused
         if prompt:
             prompt = list(itertools.chain(*(one.tokens for one in before), prompt))
-        self._check_plan(plan, params)
-        if len(reused) > 1 and not self.model.can_shift:
-            raise PlanError(
-                f"{plan.reuse} moves keys to other positions, which this model's position "
-                "embeddings do not allow; its requests can name one context only"
-            )
-        longest = self._longest(plan)
-        self._check(request_id, prompt, params, longest)
-        room = longest - len(prompt)
-        n_added = len(own_ids) + sum(len(one.tokens) for one in reused)
-        if reused and not plan.compresses and not columns(plan, self.shape):  # its pages are shared
-            n_added -= len(reused[0].tokens)
-        if params.max_tokens is None:
-            max_new = self._most_new(plan, n_added, room)
-        else:
-            max_new = min(params.max_tokens, room)
-        self._check_room(params, max_new)
-        self._check_memory(plan, n_added, max_new)
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
+        if request_id in self.contexts:
+            raise RequestError(f"there is a context {request_id!r} already")
+        max_new = self.admission.max_new(prompt, params, plan, len(own_ids), reused)
         request = Request(
             request_id,
             arrival,
@@ -724,116 +696,6 @@ class Engine:
             output,
         )
 
-    # --- checks, measures -----------------------------------------------------------------------
-
-    def _check_plan(self, plan: Plan, params: SamplingParams) -> None:
-        """Refuse a plan that does not fit this model, or what is asked of the request."""
-        if plan.tokens is not None and params.prompt_logprobs is not None:
-            raise RequestError(
-                f"prompt_logprobs need every token of the prompt at the last layer, where "
-                f"{plan.tokens.method_name()} does not bring them all"
-            )
-        if plan.dense or plan in self._sound:
-            return
-        evict = plan.whole().evict
-        if evict is not None and evict.in_cache_positions and not self.model.can_shift:
-            raise PlanError(
-                f"{evict.method_name()} moves keys to other positions, which this model's "
-                "position embeddings do not allow; its in-cache positions can be switched off"
-            )
-        try:
-            empty = self.cache.new_sequence(columns(plan, self.shape))
-            Lifecycle(plan, self.shape, empty, 1, self.model.shift_keys)
-            if plan.tokens is not None:
-                next(plan.tokens.program(1, self.shape))
-            if plan.reuse is not None and plan.reuse.program([1, 1], 3, self.shape) is not None:
-                _ = self.model.decoder_layers  # or it cannot run layer by layer
-        except ConfigError as error:
-            raise PlanError(f"the plan {plan} does not fit this cache: {error}") from error
-        self._sound.add(plan)
-
-    def _longest(self, plan: Plan) -> int:
-        """The most tokens of a request: the model's context, unless positions are those in the
-        cache."""
-        in_cache = plan.evict is not None and plan.evict.in_cache_positions
-        return UNLIMITED if in_cache and plan.heads is None else self.model.max_length
-
-    def _check(
-        self, request_id: str, prompt: list[int], params: SamplingParams, longest: int
-    ) -> None:
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
-        if request_id in self.contexts:
-            raise RequestError(f"there is a context {request_id!r} already")
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        vocab_size = self.model.vocab_size
-        bad = next((t for t in prompt if not 0 <= t < vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {vocab_size} tokens")
-        if len(prompt) >= longest:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the model's context is "
-                f"{longest} tokens, of which one must be left for the answer"
-            )
-        if params.n > self.scheduler.max_running:
-            raise RequestError(
-                f"n={params.n} is more than the {self.scheduler.max_running} sequences that may "
-                "run at once (max_running, max_batch_tokens)"
-            )
-        params.validate_for(self.model.vocab_size)
-        if params.stop and self.model.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this model directory has none")
-
-    def _check_room(self, params: SamplingParams, max_new: int) -> None:
-        """Refuse a guided or forced output for which there are too few tokens."""
-        least = params.least_tokens
-        if least > max_new:
-            raise RequestError(
-                f"max_tokens, or what the prompt leaves of the model's context, is {max_new} "
-                f"tokens, and an output that is as asked may take {least}; allow at least as many"
-            )
-
-    def _most_new(self, plan: Plan, n_prompt: int, room: int) -> int:
-        """The most new tokens, 1 .. `room`, with which a request fits the cache."""
-
-        def refused(max_new: int) -> bool:
-            try:
-                self._check_memory(plan, n_prompt, max_new)
-            except KVMemoryError:
-                return True
-            return False
-
-        return max(1, bisect_left(range(1, room + 1), True, key=refused))
-
-    def _check_memory(self, plan: Plan, n_prompt: int, max_new: int) -> None:
-        """Refuse what the cache cannot hold; the last token's KV is never written to it.
-
-        Of a plan that compresses only the prompt is counted, because what is left of it is known
-        when it has been computed. Contexts stay where they are.
-        """
-        n_cached = n_prompt + max_new - 1
-        if plan.compresses:
-            size = self.layout.page_size
-            n_cached = prompt_tokens_held(plan, n_prompt, size, size)
-        side = columns(plan, self.shape)
-        if not self.cache.fits(n_cached, chunk=added_at_once(plan, 1), columns=side):
-            chunk = added_at_once(plan, self.scheduler.max_batch_tokens)
-            enough = self.cache.required_bytes(n_cached, chunk=chunk, columns=side)
-            raise KVMemoryError(
-                f"a request of {n_prompt} prompt and {max_new} new tokens needs about "
-                f"{format_bytes(self.layout.bytes_for(n_cached))} of KV memory, but kv_memory is "
-                f"{format_bytes(self.cache.capacity_bytes)}; kv_memory={enough} would do"
-            )
-        kept = self.context_bytes
-        if kept and self.layout.bytes_for(n_cached) + kept > self.cache.capacity_bytes:
-            raise KVMemoryError(
-                f"a request of {n_prompt} prompt and {max_new} new tokens needs about "
-                f"{format_bytes(self.layout.bytes_for(n_cached))} of KV memory, and contexts keep "
-                f"{format_bytes(kept)} of {format_bytes(self.cache.capacity_bytes)}; delete one "
-                "that nobody asks about any more"
-            )
-
     def _stuck_message(self, sequence: Sequence) -> str:
         return (
             f"the KV memory of {format_bytes(self.cache.capacity_bytes)} is exhausted after "
@@ -861,25 +723,6 @@ class Engine:
             request.kv_bytes = self.cache.distinct_bytes(caches)
             request.kv_bytes += sum(hidden.nbytes for hidden in waiting.values())
             request.kv_bytes_peak = max(request.kv_bytes_peak, request.kv_bytes)
-
-
-def _joining() -> list[str]:
-    """The names of the methods that join contexts."""
-    return [name for name, method in methods().items() if method.stage == Reuse.stage]
-
-
-def _check_reused(contexts: Seq[Context], reuse: Reuse) -> None:
-    """Refuse contexts that are not those of exact attention.
-
-    Raises:
-        RequestError: one lives by another plan.
-    """
-    for context in contexts:
-        if not context.plan.dense:
-            raise RequestError(
-                f"{reuse} joins contexts that were computed exactly, and {context.id!r} lives by "
-                f"the plan {context.plan}; add it again with the plan 'dense'"
-            )
 
 
 def _shape(model: Model) -> ModelShape:
