@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from tamis.engine.engine import Engine
+from tamis.engine.graphs import capture_for
 from tamis.engine.order import Order
 from tamis.engine.outputs import Increment, RequestOutput
 from tamis.engine.pace import Pace
@@ -65,6 +66,9 @@ class LLM:
         order: who goes first; by default who came first.
         pace: how many prompt tokens join a step in which other requests decode; by default as many
             as fit, which is fastest for all of them together.
+        cuda_graphs: whether decode steps are recorded in CUDA graphs, one per size, when they first
+            come up (`tamis.engine.graphs`); None is yes on a CUDA device. On a CPU, where there are
+            no graphs, True runs the same code and gains nothing.
         trust_remote_code: whether a model directory may bring its own code.
 
     Raises:
@@ -91,6 +95,7 @@ class LLM:
         prefix_cache: bool = False,
         order: Order | None = None,
         pace: Pace | None = None,
+        cuda_graphs: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.plan = Plan.parse(plan)
@@ -130,6 +135,7 @@ class LLM:
             prefix_cache=prefix_cache,
             order=order,
             pace=pace,
+            capture=capture_for(model.device, cuda_graphs),
         )
         self._inboxes: dict[str, list[Increment]] = {}
 

@@ -170,7 +170,15 @@ class Lifecycle:
     @property
     def listens(self) -> bool:
         """Whether anything of a step is noted (`observe`)."""
-        return self.plan.needs.in_steps or self.watch is not None or self.trace is not None
+        needs = self.plan.needs
+        noted = needs.mean_value or (needs.in_steps and self._weighs)
+        return noted or self.watch is not None or self.trace is not None
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether an eviction is still to come that goes by queries and attention."""
+        goes_on = self.plan.evict is not None and self.plan.evict.interval is not None
+        return goes_on or not self.generating
 
     def fork(self, cache: SequenceCache) -> Lifecycle:
         """The same life for a fork of the sequence, with its `cache`."""
@@ -214,14 +222,13 @@ class Lifecycle:
             positions: of the step's tokens, [tokens].
         """
         needs, mine = self.plan.needs, self.layers[layer]
-        goes_on = self.plan.evict is not None and self.plan.evict.interval is not None
-        if needs.queries and (goes_on or not self.generating):
+        if needs.queries and self._weighs:
             queries = q if mine.queries is None else torch.cat([mine.queries, q])
             mine.queries = queries[-needs.queries :].clone()
             if layer == 0:
                 self.query_positions += positions.tolist()
                 del self.query_positions[: -needs.queries]
-        if needs.attention and (goes_on or not self.generating):
+        if needs.attention and self._weighs:
             if len(q) == 1:  # all layers' at once, when the step is over
                 mine.asked = (q.clone(), lse.clone(), positions)
             else:
