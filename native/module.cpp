@@ -2,11 +2,13 @@
 // nanoseconds; tamis.attention.native and tamis.cache.moves check them first.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "append.h"
@@ -15,6 +17,7 @@
 #include "encoded.h"
 #include "layer.h"
 #include "linear.h"
+#include "moves.h"
 #include "narrow.h"
 #include "observe.h"
 #include "observe_pages.h"
@@ -200,6 +203,44 @@ void append_call(int threads, uintptr_t data, int64_t page_size, uintptr_t table
       {at<const uint8_t>(positions), sizeof(int32_t), 0, sizeof(int32_t), position_offset}};
   nb::gil_scoped_release release;
   append(args, threads);
+}
+
+// Page ids or rows at `address`; std::out_of_range, Python's IndexError, unless all of them lie
+// within 0 .. limit - 1.
+const int32_t* indices(uintptr_t address, int64_t n, int64_t limit) {
+  if (!within(at<const int32_t>(address), n, limit)) {
+    throw std::out_of_range("a page or row lies outside of 0 .. " + std::to_string(limit - 1));
+  }
+  return at<const int32_t>(address);
+}
+
+void move_tokens_call(int threads, uintptr_t data, int64_t page_ids, int64_t page_size, int64_t n,
+                      uintptr_t source_pages, uintptr_t source_rows, uintptr_t target_pages,
+                      uintptr_t target_rows,
+                      const std::vector<std::pair<int64_t, int64_t>>& fields, bool at_once) {
+  MoveArgs args{at<uint8_t>(data),
+                n,
+                {indices(source_pages, n, page_ids), indices(source_rows, n, page_size)},
+                {indices(target_pages, n, page_ids), indices(target_rows, n, page_size)},
+                {},
+                at_once};
+  for (const auto& [offset, row_bytes] : fields) args.fields.push_back({offset, row_bytes});
+  nb::gil_scoped_release release;
+  move_tokens(args, threads);
+}
+
+// Runs with page ids below `limit`, or one after the other where there are none.
+Runs runs_at(uintptr_t base, uintptr_t pages, int64_t n, int64_t limit) {
+  return {at<uint8_t>(base), pages != 0 ? indices(pages, n, limit) : nullptr};
+}
+
+void copy_runs_call(int threads, int64_t n, int64_t bytes, uintptr_t source,
+                    uintptr_t source_pages, int64_t source_ids, uintptr_t target,
+                    uintptr_t target_pages, int64_t target_ids) {
+  const Runs from = runs_at(source, source_pages, n, source_ids);
+  const Runs to = runs_at(target, target_pages, n, target_ids);
+  nb::gil_scoped_release release;
+  copy_runs(from, to, n, bytes, threads);
 }
 
 void observe_call(const std::string& isa, int threads, bool chunk, int dtype, int64_t n,
@@ -510,4 +551,10 @@ NB_MODULE(_native, m) {
         "k_head_stride"_a, "k_row_bytes"_a, "k_offset"_a, "v"_a, "v_token_stride"_a,
         "v_head_stride"_a, "v_row_bytes"_a, "v_offset"_a, "positions"_a, "position_offset"_a,
         "Write new tokens to pages; see append.h.");
+  m.def("move_tokens", tamis::move_tokens_call, "threads"_a, "data"_a, "page_ids"_a, "page_size"_a,
+        "n"_a, "source_pages"_a, "source_rows"_a, "target_pages"_a, "target_rows"_a, "fields"_a,
+        "at_once"_a, "Copy tokens between pages; see moves.h.");
+  m.def("copy_runs", tamis::copy_runs_call, "threads"_a, "n"_a, "bytes"_a, "source"_a,
+        "source_pages"_a, "source_ids"_a, "target"_a, "target_pages"_a, "target_ids"_a,
+        "Copy runs of bytes between pages and tensors; see moves.h.");
 }
