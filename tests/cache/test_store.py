@@ -18,7 +18,6 @@ from tamis.cache import (
     PageFormat,
     SequenceCache,
 )
-from tamis.cache.store import staged
 from tamis.errors import ConfigError
 from tests.cache import tokens
 
@@ -290,8 +289,7 @@ class TestPages:
         sequence.write(1, indices, list(fields["k"]), list(fields["v"]))
         pages = sequence.store_pages("s", 1)
         if elsewhere:  # as another device would get them
-            pool = sequence.stores["s"].pool(slice(2, 4))
-            pages = staged(pool, pages, torch.device("cpu"))
+            pages = sequence.stores["s"].staged(1, torch.device("cpu"))
             assert pages.data.numel() == 2 * 3 * pages.format.page_bytes
         q = torch.randn(1, 4, 8)
         out, lse = decode(q, pages, scale=0.3)
@@ -299,24 +297,14 @@ class TestPages:
         assert torch.allclose(out, want_out, atol=1e-6)
         assert torch.allclose(lse, want_lse, atol=1e-6)
 
-    def test_staging_copies_a_page_once_and_none_that_is_empty(self) -> None:
-        cache = make_cache()
-        sequence = with_store(cache, DENSE, "host")
+    def test_staging_copies_the_pages_that_there_are_and_no_others(self) -> None:
+        sequence = with_store(make_cache(), DENSE, "host")
         sequence.put("s", (0,), 8, {n: x[:1] for n, x in tokens.stored(range(8), 2).items()}, [1])
-        pages = sequence.store_pages("s", 0)
-        both = pages.tables[:, [1, 1]]
-        twice = staged(
-            cache.pool(DENSE, "host"),
-            type(pages)(pages.data, DENSE, both, torch.tensor([[8, 8]], dtype=torch.int32)),
-            torch.device("cpu"),
-        )
-        one = staged(cache.pool(DENSE, "host"), pages, torch.device("cpu"))
-        for staging in (one, twice):
-            assert staging.data.numel() == DENSE.page_bytes
-            assert torch.equal(
-                DENSE.view(staging.data, "k")[staging.tables[0, 1, 0].long()],
-                tokens.keys(range(8), 0, 8),
-            )
+        pages = sequence.stores["s"].staged(0, torch.device("cpu"))
+        assert pages.data.numel() == DENSE.page_bytes
+        assert pages.lengths.tolist() == [[0, 8]]
+        staged = DENSE.view(pages.data, "k")[pages.tables[0, 1, 0].long()]
+        assert torch.equal(staged, tokens.keys(range(8), 0, 8))
 
     def test_a_store_without_keys_has_no_pages_for_attention(self) -> None:
         sequence = with_store(make_cache(), CODES)

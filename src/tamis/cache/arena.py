@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import weakref
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tamis.cache.format import UNIT, align
@@ -41,9 +43,21 @@ class Arena:
     """
 
     def __init__(
-        self, capacity_bytes: int, device: torch.device | str = "cpu", *, block_bytes: int
+        self,
+        capacity_bytes: int,
+        device: torch.device | str = "cpu",
+        *,
+        block_bytes: int,
+        pinned: bool = False,
     ) -> None:
         """Reserve the memory.
+
+        Args:
+            capacity_bytes: how much, at the most.
+            device: where.
+            block_bytes: of one block.
+            pinned: whether host memory is pinned for CUDA, so that its copies may run while the
+                host goes on. That is done, and takes all of it, when the first block is taken.
 
         Raises:
             ConfigError: `capacity_bytes` is negative or beyond what page ids can address, or
@@ -58,7 +72,16 @@ class Arena:
             raise ConfigError(f"block_bytes is {block_bytes}; it must be a multiple of {UNIT}")
         self.block_bytes = block_bytes
         self.n_blocks = capacity_bytes // block_bytes
-        self.data = _aligned_bytes(self.n_blocks * block_bytes, torch.device(device))
+        n_bytes, device = self.n_blocks * block_bytes, torch.device(device)
+        if device.type == "cpu":
+            # numpy, because a sliced torch tensor has a storage offset in every strided view.
+            memory = np.empty(n_bytes + UNIT, dtype=np.uint8)
+            start = -memory.ctypes.data % UNIT
+            self.data = torch.from_numpy(memory[start : start + n_bytes])
+            self._to_pin = memory if pinned else None
+        else:  # device allocators align far more coarsely than UNIT
+            self.data = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+            self._to_pin = None
         self.bytes_in_use = 0
         self.bytes_peak = 0
         self._free = list(range(self.n_blocks - 1, -1, -1))  # a stack: lowest block on top
@@ -89,9 +112,16 @@ class Arena:
             holder.give_back()
 
     def take(self, n: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """Hand out `n` of the free blocks (at most `free_blocks`): their numbers, int32 [n]."""
+        """Hand out `n` of the free blocks (at most `free_blocks`): their numbers, int32 [n].
+
+        Raises:
+            ConfigError: the memory is to be pinned, and the system does not allow it.
+        """
         if n > self.free_blocks:
             raise AssertionError(f"{n} blocks taken of {self.free_blocks} free ones")
+        if self._to_pin is not None:
+            _pin(self._to_pin)
+            self._to_pin = None
         at = len(self._free) - n
         taken = self._free[at:][::-1]
         del self._free[at:]
@@ -107,11 +137,24 @@ class Arena:
         self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
 
 
-def _aligned_bytes(n: int, device: torch.device) -> torch.Tensor:
-    """Uninitialized uint8 [n] on a multiple of UNIT, with storage offset 0."""
-    if device.type != "cpu":  # device allocators align far more coarsely than UNIT
-        return torch.empty(n, dtype=torch.uint8, device=device)
-    # numpy, because a sliced torch tensor would carry a storage offset into every strided view.
-    memory = np.empty(n + UNIT, dtype=np.uint8)
-    start = -memory.ctypes.data % UNIT
-    return torch.from_numpy(memory[start : start + n])
+def _pin(memory: npt.NDArray[np.uint8]) -> None:
+    """Pin host memory for CUDA for as long as it exists. torch's own pinned memory would be of the
+    next power of two.
+
+    Raises:
+        ConfigError: the system does not allow it.
+    """
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = memory.ctypes.data
+    error = runtime.cudaHostRegister(address, memory.nbytes, 0)
+    if int(error):
+        raise ConfigError(
+            f"{memory.nbytes} bytes of host memory for pages could not be pinned ({error}); "
+            "give swap_memory and host_memory less"
+        )
+    weakref.finalize(memory, _unpin, runtime, address).atexit = False
+
+
+def _unpin(runtime: Any, address: int) -> None:
+    torch.cuda.synchronize()  # copies may be under way
+    runtime.cudaHostUnregister(address)

@@ -9,6 +9,7 @@ import numpy as np
 
 from tamis.cache.pool import BoolArray, IntArray, OutOfPages, PagePool
 from tamis.cache.tier import Tier
+from tamis.cache.transfers import Transfers
 
 
 class OutOfSwap(Exception):  # noqa: N818 - an event for the scheduler, not a failure
@@ -34,10 +35,11 @@ class PoolCopies:
         n_linked: pages that have a copy.
     """
 
-    def __init__(self, pool: PagePool, host: PagePool) -> None:
+    def __init__(self, pool: PagePool, host: PagePool, transfers: Transfers | None) -> None:
         self.pool = pool
         self.host = host
         self.n_linked = 0
+        self._transfers = transfers
         self._copy = np.full(pool.n_slots, -1, dtype=np.int32)  # by slot; -1 for none
         self._since = np.zeros(pool.n_slots, dtype=np.int64)
         self._ticks = itertools.count(1)
@@ -65,7 +67,10 @@ class PoolCopies:
         self.n_linked += ids.size
 
     def changing(self, slots: IntArray) -> None:
-        """Forget the copies of pages that are about to be other than they were."""
+        """Forget the copies of pages that are about to be other than they were; what is under way
+        to them comes first."""
+        if self._transfers is not None:
+            self._transfers.arrive()
         if self.n_linked:
             self._unlink(np.unique(slots[self._copy[slots] >= 0]))
 
@@ -102,11 +107,12 @@ class HostCopies:
     that the page can be given up again without being copied (the KV cache reuse of FastSwitch,
     arXiv:2411.18424). Spare copies are the first to go when memory is needed, and count as free.
 
-    All pages of a sequence are moved at once, wherever they lie, before anything else goes on. Two
-    other devices of the paper gained nothing on a CPU of two cores, where 8k tokens of a small
-    model (34 MB) take 2.6 ms to copy: contiguous groups of pages, because scattered ones move at
-    four fifths of their speed; and a thread that copies while the model runs, because a step and
-    a copy took as long together as one after the other.
+    Where there is one memory, all pages of a sequence are moved at once, wherever they lie, before
+    anything else goes on. Two other devices of the paper gained nothing on a CPU of two cores,
+    where 8k tokens of a small model (34 MB) take 2.6 ms to copy: contiguous groups of pages,
+    because scattered ones move at four fifths of their speed; and a thread that copies while the
+    model runs, because a step and a copy took as long together as one after the other. Between a
+    GPU and the host, copies run beside its work (`Transfers`).
 
     Operations take page ids with the numbers of their pools, int32 [n] each.
 
@@ -115,9 +121,10 @@ class HostCopies:
         copied_bytes: how much has been copied to it so far.
     """
 
-    def __init__(self, device: Tier, host: Tier) -> None:
+    def __init__(self, device: Tier, host: Tier, transfers: Transfers | None = None) -> None:
         self.host = host
         self.copied_bytes = 0
+        self._transfers = transfers
         self._device = device
         self._pools: list[PoolCopies] = []
 
@@ -156,19 +163,39 @@ class HostCopies:
         except OutOfSwap:
             self.host.release(copies[there], pools[there])
             raise
-        self.host.copy_from(self._device, ids[~there], copies[~there], pools[~there])
+        if self._transfers is None:
+            self.host.copy_from(self._device, ids[~there], copies[~there], pools[~there])
+        else:
+            for of_pool, pool in self._split(pools):
+                new = of_pool & ~there
+                self._transfers.send(pool.pool, ids[new], pool.host, copies[new])
         self.copied_bytes += self.host.bytes_of(pools[~there])
         self._link(ids, copies, pools, final & ~there)
         return copies
 
-    def restore(self, copies: IntArray, pools: IntArray, final: BoolArray, ids: IntArray) -> None:
+    def restore(
+        self,
+        copies: IntArray,
+        pools: IntArray,
+        final: BoolArray,
+        ids: IntArray,
+        *,
+        beside: bool = False,
+    ) -> None:
         """Fill fresh device pages with what was held, which is held no more.
 
         Args:
             copies, pools, final: as `hold` returned and took them.
             ids: the pages, int32 [n].
+            beside: see `SequenceCache.swap_in`.
         """
-        self._device.copy_from(self.host, copies, ids, pools)
+        if self._transfers is None:
+            self._device.copy_from(self.host, copies, ids, pools)
+        else:
+            for of_pool, pool in self._split(pools):
+                self._transfers.bring(pool.host, copies[of_pool], pool.pool, ids[of_pool])
+            if not beside:
+                self._transfers.arrive()
         self._link(ids, copies, pools, final)
         self.drop(copies, pools)
 
@@ -203,7 +230,8 @@ class HostCopies:
     def _match_pools(self) -> None:
         """Have a pool of host memory for each of the device's."""
         for pool in self._device.pools[len(self._pools) :]:
-            self._pools.append(PoolCopies(pool, self.host.add_pool(pool.format)))
+            host = self.host.add_pool(pool.format)
+            self._pools.append(PoolCopies(pool, host, self._transfers))
 
     def _split(self, pools: IntArray) -> Iterator[tuple[BoolArray, PoolCopies]]:
         """The pools that occur, with where they do."""

@@ -14,7 +14,10 @@ from tamis.cache.layout import CacheLayout
 from tamis.cache.pool import IntArray, PagePool
 from tamis.cache.sequence import SequenceCache
 from tamis.cache.tier import Tier
+from tamis.cache.transfers import Transfers
 from tamis.errors import ConfigError
+
+_MOST_STAGED = 1 << 30
 
 
 class PagedCache:
@@ -25,6 +28,8 @@ class PagedCache:
         device_tier: the memory that attention reads, with the live pages of all sequences.
         host_tier: host memory for stores; none unless asked for.
         copies: host memory for swapping.
+        transfers: copies between the tiers that run beside the device's work; None where there is
+            one memory, as on the CPU.
     """
 
     def __init__(
@@ -34,8 +39,16 @@ class PagedCache:
         device: torch.device | str = "cpu",
         swap_bytes: int = 0,
         host_bytes: int = 0,
+        transfers: Transfers | None = None,
     ) -> None:
         """Reserve the memory.
+
+        Args:
+            layout: the rows.
+            capacity_bytes: of the device's tier, on `device`.
+            swap_bytes, host_bytes: of host memory for swapping, and for stores.
+            transfers: by default those of a GPU; with swapping, they take a sixteenth of
+                `capacity_bytes` more of its memory, at the most 1 GiB.
 
         Raises:
             ConfigError: a size is negative, or beyond what page ids can address.
@@ -45,8 +58,15 @@ class PagedCache:
                 raise ConfigError(f"{name} is {size}; it must be 0 or more")
         self.layout = layout
         self.device_tier = Tier(layout, capacity_bytes, device)
-        self.host_tier = Tier(layout, host_bytes, "cpu")
-        self.copies = HostCopies(self.device_tier, Tier(layout, swap_bytes, "cpu"))
+        device, on_gpu = torch.device(device), torch.device(device).type == "cuda"
+        if transfers is None and on_gpu:
+            least = 2 * self.arena.block_bytes
+            staging = max(least, min(_MOST_STAGED, capacity_bytes // 16))
+            transfers = Transfers(device, staging if swap_bytes else 0)
+        self.transfers = transfers
+        self.host_tier = Tier(layout, host_bytes, "cpu", pinned=on_gpu)
+        swap_tier = Tier(layout, swap_bytes, "cpu", pinned=on_gpu)
+        self.copies = HostCopies(self.device_tier, swap_tier, transfers)
         self._rows_with: dict[tuple[Field, ...], tuple[CacheLayout, IntArray]] = {}
         self.rows_with(layout.columns)
 
@@ -95,6 +115,12 @@ class PagedCache:
     def free_bytes(self) -> int:
         """Bytes not in use on the device."""
         return self.capacity_bytes - self.bytes_in_use
+
+    def arrive(self) -> None:
+        """Have the device wait, from here on, for the pages that came `beside` its work
+        (`SequenceCache.swap_in`)."""
+        if self.transfers is not None:
+            self.transfers.arrive()
 
     def tier(self, name: str) -> Tier:
         """The tier called "device" or "host".

@@ -63,7 +63,7 @@ class PagePool:
         self._pages_peak = 0
         self._watcher: Watcher | None = None
         self._views: dict[str, torch.Tensor] = {}
-        self._words = self._indexable(self._page_words())
+        self._words = self._indexable(self.words())
         self._rows = {
             field.name: self._indexable(as_integers(self.view(field.name)))
             for field in format.fields
@@ -174,6 +174,13 @@ class PagePool:
         if name not in self._views:
             self._views[name] = self.format.view(self.arena.data, name)
         return self._views[name]
+
+    def words(self) -> torch.Tensor:
+        """All possible pages as opaque words, int64 `[page ids, page_bytes / 8]`."""
+        n_ids = max(0, (self.arena.data.numel() - self.page_bytes) // UNIT + 1)
+        return self.arena.data.view(torch.int64).as_strided(
+            (n_ids, self.page_bytes // 8), (UNIT // 8, 1), 0
+        )
 
     def gather(self, ids: IntArray, name: str) -> torch.Tensor:
         """A copy of one field of whole pages, `[*ids.shape, rows, width]`, where the pages lie."""
@@ -337,13 +344,6 @@ class PagePool:
         ):
             raise PageError("a page id that is not in use was given to the pool")
         return slots
-
-    def _page_words(self) -> torch.Tensor:
-        """All possible pages as opaque words, `[page ids, page_bytes / 8]`."""
-        n_ids = max(0, (self.arena.data.numel() - self.page_bytes) // UNIT + 1)
-        return self.arena.data.view(torch.int64).as_strided(
-            (n_ids, self.page_bytes // 8), (UNIT // 8, 1), 0
-        )
 
     # Pages and tokens are copied by indexing with arrays. On the CPU numpy does that several
     # times faster than torch, because it copies rows and starts no threads; the syntax is one.

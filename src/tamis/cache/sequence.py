@@ -418,9 +418,13 @@ class SequenceCache(LivePages):
         self._room = 0
         self._absent = "swapped out"
 
-    def swap_in(self) -> None:
+    def swap_in(self, *, beside: bool = False) -> None:
         """Bring swapped pages back to the device. The copies of full ones stay as long as there is
         room for them (`HostCopies`).
+
+        Args:
+            beside: whether they may come while the device goes on, where it can. Then all but
+                `swap_out` and `free` must wait until `PagedCache.arrive` was called.
 
         Raises:
             OutOfPages: too few pages are free; nothing was changed.
@@ -429,7 +433,7 @@ class SequenceCache(LivePages):
         if swapped is None:
             raise PageError("swap_in of a sequence that is not swapped out")
         ids = self.tier.allocate(swapped.pools)
-        self.cache.copies.restore(swapped.copies, swapped.pools, swapped.final, ids)
+        self.cache.copies.restore(swapped.copies, swapped.pools, swapped.final, ids, beside=beside)
         more = np.bincount(swapped.place, minlength=ids.size) - 1
         self.tier.retain(np.repeat(ids, more), np.repeat(swapped.pools, more))
         tables = list(self._device_tables())

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from tamis.cache.format import UNIT, PagedKV, PageFormat
-from tamis.cache.pool import IntArray, PageError, PagePool
+from tamis.cache.pool import IntArray, PageError
 from tamis.cache.tables import PageTables, check_shape
 from tamis.cache.tier import Tier
+from tamis.cache.transfers import fetch
 
 
 class Store(PageTables):
@@ -113,7 +114,31 @@ class Store(PageTables):
         if names[:3] != ["k", "v", "position"]:
             raise PageError(f"store {self.name!r} holds {names}, which no attention kernel reads")
         pages = self.paged(rows)
-        return pages if pages.data.device == device else staged(self.pool(rows), pages, device)
+        return pages if pages.data.device == device else self.staged(layer, device)
+
+    def staged(self, layer: int, device: torch.device) -> PagedKV:
+        """A copy of a layer's pages on `device`, one after the other."""
+        ids, *of_rows = self.laid_out(layer)
+        pool = self.pool(self.rows(layer))
+        words = torch.empty((ids.size, pool.page_bytes // 8), dtype=torch.int64, device=device)
+        fetch(pool, ids, words)
+        tables, lengths = (torch.from_numpy(array).to(device) for array in of_rows)
+        return PagedKV(words.view(torch.uint8).flatten(), pool.format, tables, lengths)
+
+    def laid_out(self, layer: int) -> tuple[IntArray, IntArray, IntArray]:
+        """How a layer's pages are read when they have been copied one after the other.
+
+        Returns:
+            The pages in this order, int32 [n]; tables that name them by their new places, int32
+            [1, kv_heads, most pages]; and the lengths, int32 [1, kv_heads].
+        """
+        rows = self.rows(layer)
+        counts = self.page_counts[rows]
+        held = np.arange(int(counts.max())) < counts[:, None]
+        ids: IntArray = self.tables[rows, : held.shape[1]][held]
+        tables = np.zeros((1, *held.shape), dtype=np.int32)
+        tables[0, held] = np.arange(ids.size) * (self.pool(rows).page_bytes // UNIT)
+        return ids, tables, self.lengths[None, rows].copy()
 
     def fork(self) -> Store:
         """A second store that holds the same pages."""
@@ -174,29 +199,6 @@ def together(stores: Sequence[Store]) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = np.stack([store.lengths for store in stores])
     device = stores[0].tier.arena.data.device
     return torch.from_numpy(tables).to(device), torch.from_numpy(lengths).to(device)
-
-
-def staged(pool: PagePool, pages: PagedKV, device: torch.device) -> PagedKV:
-    """Copy pages to another device, those that the lengths cover and nothing else.
-
-    Args:
-        pool: the pool of the pages.
-        pages: what is wanted there; a page that it names twice is copied once.
-        device: where.
-
-    Returns:
-        The same tokens: `data` holds the distinct pages one after the other, and the tables name
-        them by their new places.
-    """
-    size = pages.format.page_size
-    used = -(-pages.lengths // size)
-    held = torch.arange(pages.tables.shape[2], device=used.device) < used[..., None]
-    distinct, place = torch.unique(pages.tables[held], return_inverse=True)
-    words = pool.read(distinct.int().cpu().numpy()).to(device)
-    tables = torch.zeros_like(pages.tables)
-    tables[held] = (place * (pool.page_bytes // UNIT)).to(tables.dtype)
-    data = words.view(torch.uint8).flatten()
-    return PagedKV(data, pages.format, tables.to(device), pages.lengths.to(device))
 
 
 def _in_pages(

@@ -25,14 +25,21 @@ class Tier:
         pools: one per format, in the order in which they were first asked for.
     """
 
-    def __init__(self, layout: CacheLayout, capacity_bytes: int, device: torch.device | str):
-        """Reserve the memory.
+    def __init__(
+        self,
+        layout: CacheLayout,
+        capacity_bytes: int,
+        device: torch.device | str,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        """Reserve the memory; for `pinned` see `Arena`.
 
         Raises:
             ConfigError: `capacity_bytes` is negative or beyond what page ids can address.
         """
         block_bytes = layout.block_bytes(capacity_bytes)
-        self.arena = Arena(capacity_bytes, device, block_bytes=block_bytes)
+        self.arena = Arena(capacity_bytes, device, block_bytes=block_bytes, pinned=pinned)
         self.pools: list[PagePool] = []
         self._layout = layout
         self._numbers: dict[PageFormat, int] = {}

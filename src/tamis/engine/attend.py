@@ -57,6 +57,7 @@ class StepAttention:
         self._n_plain = plain.index(False) if False in plain else self._n_decode
         self._shared = SharedDecode.of(view, self._n_plain)
         self._encoded = EncodedDecode(lives[: self._n_plain])
+        self._host = stores.HostReads(lives[self._n_plain :])
         self._spans: list[tuple[int, int]] = []  # first token and end of each sequence
         end = 0
         for count in counts:
@@ -246,7 +247,7 @@ class StepAttention:
     ) -> State:
         """`state` merged with attention over what lies beside the live pages, of the encoded pages
         only those `chosen`, numbers [kv_heads, n], where given."""
-        host = stores.host_pages(life, layer)
+        host = self._host(life, layer)
         if host is not None:
             how: dict[str, Any] = {"scale": options.scale, "softcap": options.softcap}
             if len(q) == 1:

@@ -119,6 +119,7 @@ class Scheduler:
             pages and nothing else; and the sequences that cannot go on
             even with the cache to themselves, which the caller must end.
         """
+        self.cache.arrive()
         batch: dict[Sequence, int] = {}
         stuck: list[Sequence] = []
         for queue in (self.running, self.waiting, self.swapped):
@@ -138,6 +139,9 @@ class Scheduler:
                 budget -= self._reserve(sequence, budget, batch, stuck)
         if len(self.running) == n_running and not stuck:  # nobody was preempted: there is room
             self._let_in(budget, batch, stuck)
+            if not batch:  # all others gave way to those whose pages come beside the step
+                for sequence in list(self.running):
+                    budget -= self._reserve(sequence, budget, batch, stuck)
         work = [Work(sequence, n) for sequence, n in batch.items()]
         work.sort(key=lambda item: (item.n_tokens > 1, not item.sequence.direct))
         return work, stuck
@@ -151,7 +155,8 @@ class Scheduler:
     def _let_in(self, budget: int, batch: dict[Sequence, int], stuck: list[Sequence]) -> None:
         """Resume swapped sequences and start waiting ones, in order, while there is room for the
         first of them with its whole prompt. Those whose prompts begin with what another is
-        computing are passed over until it is there."""
+        computing are passed over until it is there. Where pages can come back while the model
+        runs, a resumed sequence goes on with the next step, if there is other work for this one."""
         while budget > 0:
             ready = (s for s in self.waiting if not self.prefixes.awaited(s, self.running))
             heads = [*self.swapped[:1], *itertools.islice(ready, 1)]
@@ -168,8 +173,10 @@ class Scheduler:
                     return
                 self._preempt(last)
                 budget += batch.pop(last, 0)
+            beside = False
             if sequence.status is Status.SWAPPED:
-                if not self._swapped_in(sequence):
+                beside = bool(batch) and self.cache.transfers is not None
+                if not self._swapped_in(sequence, beside=beside):
                     return
                 self.swapped.remove(sequence)
             else:
@@ -181,11 +188,12 @@ class Scheduler:
                 self.waiting.remove(sequence)
                 self._open(sequence)
             self._start(sequence)
-            budget -= self._reserve(sequence, budget, batch, stuck)
+            if not beside:
+                budget -= self._reserve(sequence, budget, batch, stuck)
 
     def _assembled(self, sequence: Sequence) -> bool:
-        """Join the contexts that a sequence begins with, if it does with several; False if there is
-        no room."""
+        """Join the contexts that a sequence begins with, if its plan does; False if there is no
+        room, and nothing was copied unless it is alone."""
         request, cache = sequence.request, sequence.cache
         assert cache is not None
         if not request.reused:
@@ -194,6 +202,8 @@ class Scheduler:
         following = sequence.n_prompt - request.n_given if again else 0
         while True:
             try:
+                if self.running:  # else it is now or never
+                    blend.reserve(cache, request.reused, following)
                 blend.assemble(cache, request.reused, self.shift_keys, following)
             except OutOfPages:
                 if not self.prefixes.make_room():
@@ -211,12 +221,13 @@ class Scheduler:
             return plan.reuse.program(lengths, sequence.n_prompt, self.shape)
         return None
 
-    def _swapped_in(self, sequence: Sequence) -> bool:
-        """Bring the pages of a swapped sequence back; False if there is no room."""
+    def _swapped_in(self, sequence: Sequence, *, beside: bool) -> bool:
+        """Bring the pages of a swapped sequence back, `beside` what the device does for others;
+        False if there is no room."""
         assert sequence.cache is not None
         while True:
             try:
-                sequence.cache.swap_in()
+                sequence.cache.swap_in(beside=beside)
             except OutOfPages:
                 if not self.prefixes.make_room():
                     return False

@@ -4,7 +4,8 @@ memory, or summed up in one token."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from tamis.attention.encoding import PageEncoding
 from tamis.attention.parts import KVPart
 from tamis.cache import Field, OutOfPages, PagedKV, PageFormat, Store
+from tamis.cache.pool import IntArray
+from tamis.cache.transfers import Transfers
 from tamis.engine import rest
 from tamis.engine.views import CachedLayer
 from tamis.methods.views import Column
@@ -27,6 +30,71 @@ POSITION = "position"
 
 _PIECE = 32
 """Pages of each head that are encoded or decoded at once: never a whole cache."""
+
+
+class HostReads:
+    """What one step reads of host memory: all pages of the stores there, layer by layer.
+
+    Where the device is another memory they come to it in this order, each sequence's pages of a
+    layer while those before them are read and what lies between is computed (`Transfers.ahead`).
+    They are known beforehand because nothing selects among them: every step reads all. A plan that
+    read only some of them, chosen by the query, could not have them on their way.
+
+    Args:
+        lives: of the step's sequences, in the order in which every layer attends.
+    """
+
+    def __init__(self, lives: Iterable[Lifecycle | None]) -> None:
+        held = [life for life in lives if life is not None and HOST in life.cache.stores]
+        transfers = held[0].cache.cache.transfers if held else None
+        self._ahead = None if transfers is None else _Ahead(transfers, held)
+
+    def __call__(self, life: Lifecycle, layer: int) -> PagedKV | None:
+        """The pages of a layer that lie in host memory, to be read before the next are asked for;
+        None where there are none."""
+        if not _in_host(life, layer):
+            return None
+        if self._ahead is None:
+            return life.cache.store_pages(HOST, layer)
+        return self._ahead(life, layer)
+
+
+class _Ahead:
+    """The pages of all layers of some lives, which hold stores in host memory, as `HostReads` has
+    them on their way."""
+
+    def __init__(self, transfers: Transfers, lives: Sequence[Lifecycle]) -> None:
+        self._transfers = transfers
+        self._ids: dict[tuple[Lifecycle, int], IntArray] = {}
+        laid: list[IntArray] = []
+        for layer in range(lives[0].shape.n_layers):
+            for life in lives:
+                if _in_host(life, layer):
+                    ids, *of_rows = life.cache.stores[HOST].laid_out(layer)
+                    self._ids[life, layer] = ids
+                    laid += of_rows
+        flat = np.concatenate([np.zeros(0, np.int32), *(array.ravel() for array in laid)])
+        # At once, because the host waits for the device when it sends them.
+        sent = torch.from_numpy(flat).to(lives[0].device)
+        parts = torch.split(sent, [array.size for array in laid])
+        shaped = [part.view(array.shape) for part, array in zip(parts, laid, strict=True)]
+        pairs = zip(shaped[::2], shaped[1::2], strict=True)
+        self._rows = dict(zip(self._ids, pairs, strict=True))  # tables and lengths
+        self._next = dict(pairwise(self._ids))
+        self._coming: tuple[tuple[Lifecycle, int], Callable[[], Tensor]] | None = None
+
+    def __call__(self, life: Lifecycle, layer: int) -> PagedKV:
+        """The pages, while what is read after them begins to come."""
+        read, coming = (life, layer), self._coming
+        arrive = coming[1] if coming is not None and coming[0] == read else self._begin(*read)
+        following = self._next.get(read)
+        self._coming = None if following is None else (following, self._begin(*following))
+        format = life.cache.stores[HOST].formats[layer]
+        return PagedKV(arrive(), format, *self._rows[read])
+
+    def _begin(self, life: Lifecycle, layer: int) -> Callable[[], Tensor]:
+        store = life.cache.stores[HOST]
+        return self._transfers.ahead(store.pool(store.rows(layer)), self._ids[life, layer])
 
 
 def declare(life: Lifecycle) -> None:
@@ -138,15 +206,6 @@ def parts(
         part = rest.part(life, layer)
         if part is not None:
             yield part
-
-
-def host_pages(life: Lifecycle, layer: int) -> PagedKV | None:
-    """The pages of a layer that lie in host memory; None where there are none."""
-    if layer not in _covered(life, HOST):
-        return None
-    if not life.cache.store_length(HOST, layer).any():
-        return None
-    return life.cache.store_pages(HOST, layer)
 
 
 def encoded_lengths(life: Lifecycle, layer: int) -> Tensor:
@@ -318,6 +377,11 @@ def _summarize(life: Lifecycle) -> None:
             for name, values in select.summarize(_in_pages(k, size)).items():
                 cache.set_summaries(layer, name, first, values[:, :, None])
         mine.summarized = now
+
+
+def _in_host(life: Lifecycle, layer: int) -> bool:
+    """Whether any token of a layer lies in host memory."""
+    return layer in _covered(life, HOST) and bool(life.cache.store_length(HOST, layer).any())
 
 
 def _encoding(life: Lifecycle) -> PageEncoding | None:
