@@ -1,15 +1,21 @@
-"""New tokens land in the pages they belong to, and nowhere else, on every backend."""
+"""Tokens and pages land where they belong, and nowhere else, on every backend."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tamis.cache.arena import Arena
 from tamis.cache.format import Field, PageFormat
 from tamis.cache.moves import append
+from tamis.cache.pool import PagePool
 from tamis.platform import native_module, triton_installed
+from tests.threads import on_threads
 
 
 @pytest.fixture(params=["reference", "native", "triton"], scope="session")
@@ -133,3 +139,168 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict, message: str) -> N
     }
     with pytest.raises(ValueError, match=message):
         append(**arguments | changes)
+
+
+# --- within the arena, and out of it and into it ------------------------------------------------
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+DIMS = st.sampled_from([(32, 32), (64, 64), (128, 64), (256, 256), (3, 5), (80, 96)])
+
+
+@pytest.fixture(params=["reference", "native"], scope="module")
+def on_host(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What moves tokens and pages where they lie in host memory."""
+    if request.param == "native" and native_module(warn=False) is None:
+        pytest.skip("the extension is not built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAMIS_BACKEND", request.param)
+        yield request.param
+
+
+def pages_of(format: PageFormat, n: int, seed: int) -> tuple[PagePool, np.ndarray]:
+    """A pool, and the ids of `n` pages in it in random order, of random bytes."""
+    block = 4 * format.page_bytes
+    pool = PagePool(Arena((n // 4 + 2) * block, block_bytes=block), format)
+    generator = torch.Generator().manual_seed(seed)
+    size = pool.arena.data.shape
+    pool.arena.data.copy_(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8))
+    return pool, np.random.default_rng(seed).permutation(pool.allocate(n))
+
+
+def moved(
+    pool: PagePool, source: tuple[np.ndarray, np.ndarray], target: tuple[np.ndarray, np.ndarray]
+) -> torch.Tensor:
+    """The arena's bytes after all source tokens were read and then written, one by one."""
+    want = pool.arena.data.clone()
+    for field in pool.format.fields:
+        if field.rows is None:
+            before = pool.format.view(pool.arena.data, field.name)
+            after = pool.format.view(want, field.name)
+            for page, row, to_page, to_row in zip(*source, *target, strict=True):
+                after[to_page, to_row] = before[page, row]
+    return want
+
+
+def format_of(page_size: int, dims: tuple[int, int], dtype: torch.dtype) -> PageFormat:
+    """A page with keys, values, positions, a side column and a summary."""
+    dense = PageFormat.dense(page_size, *dims, dtype)
+    more = Field("score", torch.float32, 2), Field("bounds", dtype, dims[0], rows=2)
+    return PageFormat(page_size, (*dense.fields, *more))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    length=st.integers(0, 90),
+    page_size=st.sampled_from([1, 4, 16]),
+    dims=DIMS,
+    dtype=DTYPES,
+    at_once=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_tokens_move_with_all_their_fields_and_nothing_else_does(
+    on_host: str,
+    length: int,
+    page_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    at_once: bool,
+    seed: int,
+) -> None:
+    """Some tokens move to the front; or, all at once, they change places."""
+    format = format_of(page_size, dims, dtype)
+    pool, ids = pages_of(format, format.pages_for(length) + 1, seed)
+    generator = np.random.default_rng(seed)
+    if at_once:
+        source, target = generator.permutation(length), np.arange(length)
+    else:
+        source = np.flatnonzero(generator.random(length) < 0.6)
+        target = np.arange(source.size)
+    places = [(ids[at // page_size], at % page_size) for at in (source, target)]
+
+    want = moved(pool, *places)
+    pool.move_tokens(*places, at_once=at_once)
+    assert torch.equal(pool.arena.data, want)
+
+
+def test_many_tokens_move_alike_on_any_number_of_threads(on_host: str) -> None:
+    """Enough bytes for several threads, and for several pieces of each."""
+    format, n = format_of(16, (64, 128), torch.float32), 2500
+    kept = np.flatnonzero(np.random.default_rng(0).random(n) < 0.7)
+
+    def moves() -> torch.Tensor:
+        pool, ids = pages_of(format, format.pages_for(n), seed=0)
+        source, target = ((ids[at // 16], at % 16) for at in (kept, np.arange(kept.size)))
+        pool.move_tokens(source, target)
+        return pool.arena.data
+
+    pool, ids = pages_of(format, format.pages_for(n), seed=0)
+    source, target = ((ids[at // 16], at % 16) for at in (kept, np.arange(kept.size)))
+    want = moved(pool, source, target)
+    assert all(torch.equal(data, want) for data in on_threads(moves, 1, 2, 3))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from([(0,), (1,), (7,), (2, 3), (3, 0)]),
+    page_size=st.sampled_from([1, 16, 64]),
+    dims=DIMS,
+    dtype=DTYPES,
+    name=st.sampled_from(["k", "v", "position", "score", "bounds"]),
+    seed=st.integers(0, 100),
+)
+def test_fields_of_pages_are_read_and_written_where_they_lie(
+    on_host: str,
+    shape: tuple[int, ...],
+    page_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    name: str,
+    seed: int,
+) -> None:
+    format = format_of(page_size, dims, dtype)
+    pool, ids = pages_of(format, int(np.prod(shape)) + 2, seed)
+    chosen = ids[: int(np.prod(shape))].reshape(shape)
+    field = format.field(name)
+    before = pool.gather(chosen, name)
+    assert before.dtype == field.dtype
+    assert before.shape == (*shape, field.rows_in(page_size), field.width)
+    view = format.view(pool.arena.data, name)
+    naive = [view[page].clone() for page in chosen.ravel().tolist()]
+    for got, wanted in zip(before.reshape(-1, *before.shape[-2:]), naive, strict=True):
+        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+
+    values = torch.ones(chosen.size, field.width, before.shape[-2]).to(field.dtype).mT  # strided
+    want = pool.arena.data.clone()
+    for page in chosen.ravel().tolist():
+        format.view(want, name)[page] = 1
+    pool.scatter(chosen.ravel(), name, values)
+    assert torch.equal(pool.arena.data, want)
+
+
+def test_many_pages_are_read_and_written_alike_on_any_number_of_threads(on_host: str) -> None:
+    format = PageFormat.dense(16, 64, 64, torch.float32)
+    pool, ids = pages_of(format, 100, seed=0)
+    values = torch.randn(100, 16, 64)
+
+    def through() -> torch.Tensor:
+        pool.clear(ids, ["v"])
+        pool.scatter(ids, "v", values)
+        return pool.gather(ids[::-1], "v")
+
+    assert all(torch.equal(read, values.flip(0)) for read in on_threads(through, 1, 2, 3))
+
+
+@pytest.mark.parametrize("row", [4, -1])
+def test_places_that_there_are_not_are_refused(row: int) -> None:
+    if native_module(warn=False) is None:
+        pytest.skip("the extension is not built")
+    pool, ids = pages_of(PageFormat.dense(4, 8, 8, torch.float32), 2, seed=0)
+    before = pool.arena.data.clone()
+    rows = np.int32([0, row])
+    with pytest.raises(IndexError, match=r"lies outside of 0 \.\. 3"):
+        pool.move_tokens((ids, rows), (ids, rows[::-1]))
+    with pytest.raises(IndexError, match="lies outside"):
+        pool.gather(np.int32([1 << 20]), "k")
+    with pytest.raises(ValueError, match=r"k must be torch.float32 \[2, 4, 8\], got .*\[1, 4, 8\]"):
+        pool.scatter(ids, "k", torch.zeros(1, 4, 8))
+    assert torch.equal(pool.arena.data, before)

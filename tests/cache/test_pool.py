@@ -199,6 +199,7 @@ def test_whoever_watches_hears_of_every_page_that_changes(
 def test_moves_towards_the_front_may_overlap(
     piece: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TAMIS_BACKEND", "reference")  # tests/cache/test_moves.py has the kernel's
     monkeypatch.setattr(pool_module, "_PIECE_TOKENS", piece)
     pool = PagePool(Arena(8 * 1024, block_bytes=1024), PageFormat.dense(4, 3, 5, dtype))
     ids = pool.allocate(3)

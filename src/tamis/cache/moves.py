@@ -5,10 +5,14 @@ from __future__ import annotations
 from functools import partial
 from types import ModuleType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from tamis.cache.format import PageFormat
+from tamis.cache.format import UNIT, PageFormat
 from tamis.platform import native_for, triton_for
+
+Indices = npt.NDArray[np.int32]
 
 
 def append(
@@ -51,6 +55,124 @@ def append(
     elif (extension := native_for(backend, data, k)) is not None:
         run = partial(_native, extension)
     run(data, format, tables, lengths, starts, k, v, positions)
+
+
+def move_tokens(
+    extension: ModuleType,
+    data: torch.Tensor,
+    format: PageFormat,
+    source: tuple[Indices, Indices],
+    target: tuple[Indices, Indices],
+    at_once: bool,
+) -> None:
+    """`PagePool.move_tokens` by the compiled extension, for an arena on the CPU.
+
+    Args:
+        extension: the extension.
+        data: the arena's bytes, uint8 [capacity].
+        format: the layout of the pages.
+        source: page ids and rows within the page, integers [n] each.
+        target: the same, for where they go.
+        at_once: whether all are read before any is written.
+
+    Raises:
+        IndexError: a page or row that there is not; nothing was moved.
+    """
+    arrays = [_contiguous(array) for array in (*source, *target)]
+    if len({array.size for array in arrays}) != 1:
+        raise IndexError(f"places of {[array.size for array in arrays]} tokens to move")
+    extension.move_tokens(
+        torch.get_num_threads(),
+        data.data_ptr(),
+        _page_ids(data, format),
+        format.page_size,
+        arrays[0].size,
+        *(array.ctypes.data for array in arrays),
+        [(format.offsets[f.name], f.row_bytes) for f in format.fields if f.rows is None],
+        at_once,
+    )
+
+
+def gather(
+    extension: ModuleType, data: torch.Tensor, format: PageFormat, name: str, ids: Indices
+) -> torch.Tensor:
+    """A copy of one field of whole pages by the compiled extension, [*ids.shape, rows, width].
+
+    Args:
+        extension: the extension.
+        data: the arena's bytes, uint8 [capacity], on the CPU.
+        format: the layout of the pages.
+        name: the field.
+        ids: the pages, integers of any shape.
+
+    Raises:
+        IndexError: an id lies beyond the arena.
+    """
+    field, ids = format.field(name), _contiguous(ids)
+    shape = (*ids.shape, field.rows_in(format.page_size), field.width)
+    out = torch.empty(shape, dtype=field.dtype)
+    _copy(extension, data, format, name, ids, out, out_of_pages=True)
+    return out
+
+
+def scatter(
+    extension: ModuleType,
+    data: torch.Tensor,
+    format: PageFormat,
+    name: str,
+    ids: Indices,
+    values: torch.Tensor,
+) -> None:
+    """Overwrite one field of whole pages by the compiled extension.
+
+    Args:
+        extension: the extension.
+        data: the arena's bytes, uint8 [capacity], on the CPU.
+        format: the layout of the pages.
+        name: the field.
+        ids: the pages, each once, integers [n].
+        values: [n, rows, width] of the field's dtype.
+
+    Raises:
+        IndexError: an id lies beyond the arena; nothing was written.
+        ValueError: `values` does not fit the field.
+    """
+    field, ids = format.field(name), _contiguous(ids)
+    shape = (*ids.shape, field.rows_in(format.page_size), field.width)
+    if values.shape != shape or values.dtype != field.dtype:
+        raise ValueError(
+            f"{name} must be {field.dtype} {list(shape)}, got {values.dtype} {list(values.shape)}"
+        )
+    values = values.detach().to(data.device).contiguous()
+    _copy(extension, data, format, name, ids, values, out_of_pages=False)
+
+
+def _copy(
+    extension: ModuleType,
+    data: torch.Tensor,
+    format: PageFormat,
+    name: str,
+    ids: Indices,
+    values: torch.Tensor,
+    *,
+    out_of_pages: bool,
+) -> None:
+    """Copy a field of pages to contiguous `values`, or the other way."""
+    run = format.field(name).row_bytes * format.field(name).rows_in(format.page_size)
+    pages = data.data_ptr() + format.offsets[name], ids.ctypes.data, _page_ids(data, format)
+    tensor = values.data_ptr(), 0, 0
+    ends = (*pages, *tensor) if out_of_pages else (*tensor, *pages)
+    extension.copy_runs(torch.get_num_threads(), ids.size, run, *ends)
+
+
+def _contiguous(array: Indices) -> Indices:
+    """The same numbers as contiguous int32."""
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _page_ids(data: torch.Tensor, format: PageFormat) -> int:
+    """One more than the greatest id that a page of the format can have."""
+    return max(0, (data.numel() - format.page_bytes) // UNIT + 1)
 
 
 def _reference(

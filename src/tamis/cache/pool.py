@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tamis.cache import moves
 from tamis.cache.arena import Arena
 from tamis.cache.format import UNIT, PageFormat
+from tamis.platform import native_for
 
 _PIECE_BYTES = 1 << 26
 _CACHED_BYTES = 1 << 19  # what is read into a buffer and written from it stays in a core's cache
@@ -184,13 +186,18 @@ class PagePool:
 
     def gather(self, ids: IntArray, name: str) -> torch.Tensor:
         """A copy of one field of whole pages, `[*ids.shape, rows, width]`, where the pages lie."""
+        if (extension := native_for(None, self.arena.data)) is not None:
+            return moves.gather(extension, self.arena.data, self.format, name, ids)
         rows = torch.as_tensor(self._rows[name][self._index(ids)])
         return rows.view(self.format.field(name).dtype)
 
     def scatter(self, ids: IntArray, name: str, values: torch.Tensor) -> None:
         """Overwrite one field of whole pages with `values` [n, rows, width] of its dtype."""
         self.changing(ids)
-        self._rows[name][self._index(ids)] = self._elements(values)
+        if (extension := native_for(None, self.arena.data)) is not None:
+            moves.scatter(extension, self.arena.data, self.format, name, ids, values)
+        else:
+            self._rows[name][self._index(ids)] = self._elements(values)
 
     def scatter_rows(self, ids: IntArray, rows: IntArray, name: str, values: torch.Tensor) -> None:
         """Overwrite row rows[i] of page ids[i] in one field, `values` [n, width] of its dtype."""
@@ -272,6 +279,9 @@ class PagePool:
         self.changing(source[0])
         self.changing(target[0])
         n = source[0].size
+        if (extension := native_for(None, self.arena.data)) is not None:
+            moves.move_tokens(extension, self.arena.data, self.format, source, target, at_once)
+            return
         for piece in _pieces(n, n if at_once else _PIECE_TOKENS):
             source_page, source_row = (self._index(array[piece]) for array in source)
             target_page, target_row = (self._index(array[piece]) for array in target)
