@@ -48,7 +48,7 @@ class DecodeKernel {
         partial_(partial),
         k_pad_(padded(range.k_dim)),
         v_pad_(padded(range.v_dim)),
-        transposes_(kWide && range.k_dim % (kWidth * Outer::kPack) == 0),
+        transposes_(Isa::kTransposes && range.k_dim % (kWidth * Outer::kPack) == 0),
         scores_(scratch),
         queries_(reinterpret_cast<typename Dot::Query*>(scratch + range.group * kBlock)) {}
 
@@ -155,7 +155,7 @@ class DecodeKernel {
   // Products of N queries with the block's keys, prefetching the next block's meanwhile.
   template <int N>
   void score(int64_t g) {
-    if constexpr (N > 2 && kWide) {
+    if constexpr (N > 2 && Isa::kTransposes) {
       if (transposes_) return multiply_transposed<N>(g);
     }
     if constexpr (kWidth % N == 0) {

@@ -10,6 +10,7 @@ namespace tamis {
 struct Avx512 {
   static constexpr int kWidth = 16;
   static constexpr int kTileVectors = 4;  // columns of a tile of 6 rows that fits registers
+  static constexpr bool kTransposes = true;   // kWidth vectors
   using Vec = __m512;
 
   template <class T>
@@ -35,6 +36,23 @@ struct Avx512 {
     return widen(_mm256_maskz_loadu_epi16(first(count), from), Half{});
   }
   static void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+  static void store(float* to, Vec v, int64_t count) {
+    _mm512_mask_storeu_ps(to, first(count), v);
+  }
+  template <class Half>
+  static void store(Half* to, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(v, Half{}));
+  }
+  template <class Half>
+  static void store(Half* to, Vec v, int64_t count) {
+    _mm256_mask_storeu_epi16(to, first(count), narrow(v, Half{}));
+  }
+  // Each lane as an element of that type holds it.
+  static Vec rounded(Vec v, float) { return v; }
+  template <class Half>
+  static Vec rounded(Vec v, Half type) {
+    return widen(narrow(v, type), type);
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   // The second operand where either is NaN.
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -91,6 +109,19 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
   static Vec widen(__m256i halves, Fp16) { return _mm512_cvtph_ps(halves); }
+  // To nearest, ties to even; as element.h rounds, subnormal numbers too.
+  static __m256i narrow(Vec v, Bf16) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i nearest = _mm512_add_epi32(bits, half);
+    const __m512i kept = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  }
+  static __m256i narrow(Vec v, Fp16) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static Vec widen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
   // Per 128-bit quarter: lane i is the sum of that quarter of v[i].
   static Vec sums_of_four(const Vec* v) {

@@ -74,6 +74,21 @@ struct PairOuter {
     to[0] = _mm512_permutex2var_ps(from[0], low, from[1]);
     to[1] = _mm512_permutex2var_ps(from[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), from[1]);
   }
+  // Pack the first of some columns of two rows, whole vectors; returns how many.
+  static int64_t pack_rows(const Bf16* const* rows, int64_t columns, Unit* to) {
+    const __m512i low = _mm512_set_epi16(  //
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    int64_t d = 0;
+    for (; d + 32 <= columns; d += 32) {
+      const __m512i first = _mm512_loadu_si512(rows[0] + d);
+      const __m512i second = _mm512_loadu_si512(rows[1] + d);
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(first, low, second));
+      _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(first, high, second));
+    }
+    return d;
+  }
   static void pack_row(const float* from, int64_t count, Unit* to) {
     for (int64_t i = 0; i < count; i += 32) {
       const Lanes rounded =

@@ -8,6 +8,7 @@ namespace tamis {
 struct Portable {
   static constexpr int kWidth = 4;
   static constexpr int kTileVectors = 2;  // columns of a tile of 6 rows that fits registers
+  static constexpr bool kTransposes = false;  // kWidth vectors
   typedef float Vec __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
 
@@ -24,6 +25,19 @@ struct Portable {
     return v;
   }
   static void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
+  template <class T>
+  static void store(T* to, Vec v, int64_t count = kWidth) {
+    for (int i = 0; i < count; ++i) from_float(v[i], to + i);
+  }
+  // Each lane as an element of that type holds it.
+  template <class T>
+  static Vec rounded(Vec v, T type) {
+    for (int i = 0; i < kWidth; ++i) {
+      from_float(v[i], &type);
+      v[i] = to_float(type);
+    }
+    return v;
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   // As on x86, the second operand where either is NaN.
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }

@@ -14,6 +14,7 @@ namespace tamis {
 
 template <class Isa, class T, class W>
 class LinearKernel {
+  using Vec = typename Isa::Vec;
   using Dot = typename Isa::template Dot<T>;
   using Query = typename Dot::Query;
   static constexpr bool kQuantized = sizeof(W) < sizeof(T);
@@ -109,13 +110,15 @@ class LinearKernel {
   // Scale a block's products, add the bias and round them.
   void finish(int64_t first, int64_t count) {
     const T* const bias = static_cast<const T*>(args_.bias);
-    for (int64_t row = 0; row < args_.rows; ++row) {
-      const float* const products = products_ + row * kOutputs;
-      T* const y = static_cast<T*>(args_.y) + row * args_.out + first;
-      for (int64_t j = 0; j < count; ++j) {
-        const float scale = kQuantized ? args_.scales[first + j] : 1.0f;
-        const float added = bias != nullptr ? to_float(bias[first + j]) : 0.0f;
-        from_float(products[j] * scale + added, y + j);
+    for (int64_t j = 0; j < count; j += Isa::kWidth) {
+      const int64_t n = count - j < Isa::kWidth ? count - j : Isa::kWidth;
+      Vec scale = Isa::set(1.0f), added = Isa::set(0.0f);
+      if (kQuantized) scale = Isa::load(args_.scales + first + j, n);
+      if (bias != nullptr) added = Isa::load(bias + first + j, n);
+      for (int64_t row = 0; row < args_.rows; ++row) {
+        const Vec product = Isa::load(products_ + row * kOutputs + j);
+        T* const y = static_cast<T*>(args_.y) + row * args_.out + first + j;
+        Isa::store(y, product * scale + added, n);
       }
     }
   }

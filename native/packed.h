@@ -105,7 +105,13 @@ struct Packed {
                            int64_t stride) {
     for (int64_t first = 0; first < count; first += kWidth) {
       const int64_t present = count - first < kWidth ? count - first : kWidth;
-      for (int64_t i = 0; i < dim; i += kPack) {
+      int64_t i = 0;
+      if constexpr (Isa::kTransposes) {
+        for (; i + kWidth * kPack <= dim; i += kWidth * kPack) {
+          pack_square(rows + first, present, i, to + i / kPack * stride + first, stride);
+        }
+      }
+      for (; i < dim; i += kPack) {
         Unit* const units = to + i / kPack * stride + first;
         for (int64_t j = 0; j < present; ++j) units[j] = pack(rows[first + j], i, dim);
         for (int64_t j = present; j < kWidth; ++j) units[j] = Unit{};
@@ -123,7 +129,7 @@ struct Packed {
       Unit* const units = to + j / kPack * stride;
       const T* unit_rows[kPack];
       for (int64_t n = 0; n < kPack; ++n) unit_rows[n] = rows[j + n < count ? j + n : count - 1];
-      for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t d = Outer::pack_rows(unit_rows, dim, units); d < dim; ++d) {
         T elements[kPack];
         for (int64_t n = 0; n < kPack; ++n) elements[n] = unit_rows[n][d];
         units[d] = Outer::pack(elements);
@@ -134,6 +140,17 @@ struct Packed {
   }
 
  private:
+  // A vector's width of units from element `i` on of `present` rows, as columns.
+  static void pack_square(const T* const* rows, int64_t present, int64_t i, Unit* to,
+                          int64_t stride) {
+    typename Isa::Vec units[kWidth];
+    for (int64_t j = 0; j < kWidth; ++j) {
+      units[j] = j < present ? Outer::units(rows[j] + i) : Isa::set(0.0f);
+    }
+    Isa::transpose(units);
+    for (int64_t j = 0; j < kWidth; ++j) __builtin_memcpy(to + j * stride, units + j, sizeof *units);
+  }
+
   static int64_t present_units(int64_t dim) { return (dim + kPack - 1) / kPack; }
 
   // Rows first..last of a right matrix, to `columns`.

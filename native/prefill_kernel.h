@@ -234,26 +234,24 @@ class PrefillKernel {
       Outer::pack_row(scores, padded_count, weights);
       return;
     }
+    float scale = a_.scale;
     if (a_.softcap > 0.0f) {
       for (int64_t j = 0; j < tile_.count; j += kWidth) {
-        Isa::store(scores + j, Math::score(Isa::load(scores + j), a_.scale, a_.softcap));
+        Isa::store(scores + j, Math::score(Isa::load(scores + j), scale, a_.softcap));
       }
-    } else {
-      for (int64_t j = 0; j < tile_.count; j += kWidth) {
-        Isa::store(scores + j, Isa::load(scores + j) * Isa::set(a_.scale));
-      }
+      scale = 1.0f;
     }
     for (int64_t j = 0; j < begin; ++j) scores[j] = kNothing;
     for (int64_t j = end; j < padded_count; ++j) scores[j] = kNothing;
     Vec tops = Isa::set(kNothing);
     for (int64_t j = 0; j < padded_count; j += kWidth) tops = Isa::max(tops, Isa::load(scores + j));
-    const float tile_top = Isa::max_lane(tops), before = top_[r];
+    const float tile_top = scale * Isa::max_lane(tops), before = top_[r];
     const float top = tile_top > before ? tile_top : before;
     // Where every score is -inf, any finite origin gives the weights 0 that are wanted.
-    const Vec origin = Isa::set(top == kNothing ? 0.0f : top);
+    const Vec factor = Isa::set(scale), origin = Isa::set(top == kNothing ? 0.0f : -top);
     Vec total = Isa::set(0.0f);
     for (int64_t j = 0; j < padded_count; j += kWidth) {
-      const Vec weight = Math::exp(Isa::load(scores + j) - origin);
+      const Vec weight = Math::exp(Isa::fma(Isa::load(scores + j), factor, origin));
       Isa::store(scores + j, weight);
       total = total + weight;
     }
@@ -282,7 +280,10 @@ class PrefillKernel {
     const float share = denominator == 0.0f ? 0.0f : weight / denominator;
     T* const out = static_cast<T*>(a_.out) + query * a_.v_dim;
     const float* const sums = sums_ + r * v_pad_;
-    for (int64_t d = 0; d < a_.v_dim; ++d) from_float(sums[d] * share, out + d);
+    for (int64_t d = 0; d < a_.v_dim; d += kWidth) {
+      const int64_t count = a_.v_dim - d < kWidth ? a_.v_dim - d : kWidth;
+      Isa::store(out + d, Isa::load(sums + d) * Isa::set(share), count);
+    }
     a_.lse[query] = origin + __builtin_logf(denominator);
   }
 

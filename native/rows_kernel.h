@@ -12,18 +12,8 @@ struct RowMath {
   using Vec = typename Isa::Vec;
   static constexpr int kWidth = Isa::kWidth;
 
-  static void store(T* to, Vec v, int64_t count = kWidth) {
-    float floats[kWidth];
-    Isa::store(floats, v);
-    for (int64_t i = 0; i < count; ++i) from_float(floats[i], to + i);
-  }
-
   // Each lane as an element of type T holds it.
-  static Vec rounded(Vec v) {
-    T elements[kWidth];
-    store(elements, v);
-    return Isa::load(elements);
-  }
+  static Vec rounded(Vec v) { return Isa::rounded(v, T{}); }
 
   // Calls block(i, load, store) for every vector of a row; the last one may be shorter.
   template <class Block>
@@ -31,11 +21,11 @@ struct RowMath {
     int64_t i = 0;
     for (; i + kWidth <= width; i += kWidth) {
       block(i, [](const T* from) { return Isa::load(from); },
-            [](T* to, Vec v) { store(to, v); });
+            [](T* to, Vec v) { Isa::store(to, v); });
     }
     if (const int64_t left = width - i) {
       block(i, [left](const T* from) { return Isa::load(from, left); },
-            [left](T* to, Vec v) { store(to, v, left); });
+            [left](T* to, Vec v) { Isa::store(to, v, left); });
     }
   }
 };

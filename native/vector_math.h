@@ -80,6 +80,12 @@ struct FloatOuter {
   static typename Isa::Vec multiply_add(typename Isa::Vec sum, Lanes left, Lanes right) {
     return Isa::fma(left, right, sum);
   }
+  // Pack the first of some columns of one row, whole vectors; returns how many.
+  static int64_t pack_rows(const T* const* rows, int64_t columns, Unit* to) {
+    int64_t d = 0;
+    for (; d + Isa::kWidth <= columns; d += Isa::kWidth) Isa::store(to + d, Isa::load(*rows + d));
+    return d;
+  }
   // Pack `count` floats, a multiple of 32, of one row.
   static void pack_row(const float* from, int64_t count, Unit* to) {
     for (int64_t i = 0; i < count; i += Isa::kWidth) Isa::store(to + i, Isa::load(from + i));

@@ -102,6 +102,7 @@ def test_strided_arguments(implementation: Prefill) -> None:
         ({"positions": torch.arange(2)}, r"positions must be int32 or int64 \[3"),
         ({"window": 0}, "at least 1, got 0"),
         ({"softcap": -1.0}, "softcap must be positive"),
+        ({"scale": 0.0}, "scale must be positive"),
         ({"sinks": torch.zeros(2)}, r"sinks must be \[4\]"),
     ],
 )

@@ -42,7 +42,7 @@ def prefill(
         v: the chunk's values, [tokens or 0 like k, kv_heads, v_dim], q's dtype.
         past: one row of pages with what precedes the chunk, per head as long as it may be; None
             for nothing. All of it is visible but for the window.
-        scale: factor of the products of queries and keys.
+        scale: factor of the products of queries and keys, positive.
         positions: absolute positions of the chunk's tokens, ascending, int32 or int64 [tokens].
         window: a query at position `p` sees positions p - window + 1 and later; None for all.
         softcap: bound of the scores; None for no bound.
@@ -58,7 +58,8 @@ def prefill(
         has out zero and lse -inf (or its sink).
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or `pattern` is given without `own`.
+        ValueError: shapes or dtypes do not fit together, `scale` is not positive, or `pattern` is
+            given without `own`.
         ConfigError: `backend` is unknown or cannot run here.
 
     Example:
@@ -70,6 +71,8 @@ def prefill(
         True
     """
     _check(q, k, v, past, own)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     check_options(q, positions, window, softcap, sinks)
     check_pattern(q, pattern)
     if pattern is not None and not own:
