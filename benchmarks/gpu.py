@@ -9,7 +9,8 @@ what the device allows (bytes over the bandwidth of a copy, operations over the 
 matrix product, both measured here), torch's `scaled_dot_product_attention` and FlexAttention;
 medians of interleaved runs. Calls are timed as they are made, Python included. *End to end*: the
 Llama of random weights through `tamis.LLM` and through 🤗 Transformers: whether greedy tokens are
-equal in fp32, and milliseconds of prompts and of tokens in bf16.
+equal in fp32, and milliseconds of prompts and of tokens in bf16; and decode steps of 1, 8 and 32
+requests with CUDA graphs and without, whether their tokens are equal and milliseconds of a step.
 
 It ends by itself when the time is up; Ctrl-C leaves what there is. The exit status is 1 if a
 kernel is wrong or does not run, 2 if nothing can run here, 130 after Ctrl-C.

@@ -17,14 +17,23 @@ KV_MEMORY = "1GiB"
 
 
 class TamisOn(Tamis):
-    """tamis with its default settings but for the device and the dtype.
+    """tamis with its default settings but for the device, the dtype and what is asked for.
 
     Args:
         directory: the model.
+        cuda_graphs: as for `LLM`.
     """
 
-    def __init__(self, directory: Path, device: str, dtype: torch.dtype) -> None:
-        self.llm = LLM(directory, dtype=_name(dtype), device=device, kv_memory=KV_MEMORY)
+    def __init__(
+        self, directory: Path, device: str, dtype: torch.dtype, cuda_graphs: bool | None = None
+    ) -> None:
+        self.llm = LLM(
+            directory,
+            dtype=_name(dtype),
+            device=device,
+            kv_memory=KV_MEMORY,
+            cuda_graphs=cuda_graphs,
+        )
         self._stream = None
 
     def generate(self, prompt: Sequence[int], n_tokens: int) -> list[int]:

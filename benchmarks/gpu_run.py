@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 import gpu_checks
+import gpu_graphs
 import gpu_times
 import tamis
 from gpu_checks import Check
 from gpu_engine import TamisOn, TransformersOn, prompt
+from gpu_graphs import StepTimes
 from gpu_times import Rates, Sizes, Timing
 from random_llama import LlamaShape
 from report import number
@@ -41,7 +43,9 @@ class Settings:
         device: "cuda", or "cpu" for Triton's interpreter.
         most, chunk: sizes of the checks: tokens of the longest context, and of a prompt's chunk.
         contexts: prompt lengths of the end-to-end part; decoded: tokens generated after each.
-        same: prompt lengths after which the greedy tokens of both engines are compared, in fp32.
+        same: prompt lengths after which the greedy tokens of both engines are compared, in fp32,
+            and those of decode steps with and without CUDA graphs.
+        rows: requests that decode at once where such steps are timed, after `row_context` tokens.
         minutes: all of it.
     """
 
@@ -54,6 +58,8 @@ class Settings:
     contexts: tuple[int, ...] = (2048, 8192, 32_768)
     decoded: int = 64
     same: tuple[int, ...] = (300, 5000)
+    rows: tuple[int, ...] = (1, 8, 32)
+    row_context: int = 2048
     rounds: int = 3
 
     @classmethod
@@ -69,7 +75,8 @@ class Settings:
             vocab=128,
             max_tokens=1024,
         )
-        return cls("cpu", minutes, 150, 70, Sizes.tiny(), shape, (40,), 3, (40,), rounds=1)
+        tiny = cls("cpu", minutes, 150, 70, Sizes.tiny(), shape, (40,), 3, (40,), rounds=1)
+        return replace(tiny, rows=(1, 3), row_context=20)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Record:
     rates: Rates | None = None
     times: list[Timing] = field(default_factory=list)
     end_to_end: list[EndToEnd] = field(default_factory=list)
+    steps: list[StepTimes] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     complete: bool = False
 
@@ -144,6 +152,7 @@ class Record:
             "rates": asdict(self.rates) if self.rates is not None else None,
             "times": times,
             "end_to_end": [asdict(one) for one in self.end_to_end],
+            "steps": [asdict(one) for one in self.steps],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
@@ -194,6 +203,14 @@ def table(record: Record) -> Table:
                 f"{limit / ours:.0%}",
                 f"Transformers: {theirs / ours:.2f}",
             )
+    for three in record.steps:
+        recorded, launched = (three.step_ms[name].median for name in gpu_graphs.WAYS)
+        lines.add_row(
+            f"decode step of {three.rows}, recorded",
+            number(recorded),
+            f"{three.limit_ms / recorded:.0%}",
+            f"launched: {launched / recorded:.2f}",
+        )
     lines.caption = f"{len(record.checks)} checks; failed: {', '.join(record.failed) or 'none'}"
     if record.left_out:
         lines.caption += f"; {len(record.left_out)} things left out"
@@ -258,6 +275,40 @@ def _compare(record: Record, clock: _Clock, console: Console) -> None:
                 continue
             record.end_to_end.append(_race(record, engines, context, clock))
             console.print(f"end to end at {context} tokens: done")
+        del engines  # and their memory
+        _compare_steps(record, Path(directory), clock, console)
+
+
+def _compare_steps(record: Record, directory: Path, clock: _Clock, console: Console) -> None:
+    """Decode steps with CUDA graphs and without."""
+    settings, rates = record.settings, record.rates
+    assert rates is not None
+    if not clock.until(ENGINE):
+        record.left_out.append("decode steps with CUDA graphs")
+        return
+    contexts = [*settings.same, 7, 1]
+    check = gpu_graphs.same_tokens(
+        directory, settings.device, settings.shape, contexts, settings.decoded
+    )
+    record.checks.append(check)
+    console.print(f"{check.kernel}: {'equal' if check.passed else check.message}")
+    engines = gpu_graphs.both(directory, settings.device, settings.shape.dtype)
+    for rows in settings.rows:
+        if not clock.until(ENGINE):
+            record.left_out.append(f"decode steps of {rows} with CUDA graphs")
+            continue
+        record.steps.append(
+            gpu_graphs.time_steps(
+                engines,
+                settings.shape,
+                rows,
+                settings.row_context,
+                settings.decoded,
+                settings.rounds,
+                rates.copy_bytes_per_s,
+            )
+        )
+        console.print(f"decode steps of {rows}: done")
 
 
 def _engines(

@@ -15,6 +15,7 @@ import gpu
 pytest.importorskip("triton")
 
 import gpu_checks
+import gpu_graphs
 import gpu_run
 import gpu_times
 from gpu_checks import Case
@@ -40,7 +41,11 @@ def test_everything_is_checked_and_timed_in_a_tiny_run(out):
     assert record["complete"]
     assert record["left_out"] == []
     checked = {check["kernel"] for check in record["checks"]}
-    assert checked == {*gpu_checks.KERNELS, "greedy tokens after 40"}
+    assert checked == {
+        *gpu_checks.KERNELS,
+        "greedy tokens after 40",
+        "greedy tokens of recorded steps",
+    }
     assert all(check["passed"] for check in record["checks"])
     sizes = gpu_times.Sizes.tiny()
     assert [one["name"] for one in record["times"]] == [
@@ -49,6 +54,8 @@ def test_everything_is_checked_and_timed_in_a_tiny_run(out):
     assert all(one["of_limit"] > 0 and not one["errors"] for one in record["times"])
     (end_to_end,) = record["end_to_end"]
     assert set(end_to_end["token_ms"]) == {"tamis", "Transformers"}
+    assert [one["rows"] for one in record["steps"]] == [1, 3]
+    assert all(one["step_ms"].keys() == gpu_graphs.WAYS.keys() for one in record["steps"])
     assert record["versions"]["triton"]
 
 
