@@ -9,6 +9,8 @@
 #include "observe_pages.h"
 #include "observe_tokens.h"
 #include "prefill.h"
+#include "quantize.h"
+#include "rotate.h"
 #include "rows.h"
 
 namespace tamis {
@@ -28,6 +30,8 @@ struct Kernels {
   BoundPages* bound_pages[3];
   SoftmaxRow* softmax_row;
   AttendEncoded* attend_encoded;
+  QuantizeRange* quantize_range[3];
+  RotateKey* rotate_key[3];
 };
 
 Kernels kernels_portable();

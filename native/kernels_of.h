@@ -9,6 +9,8 @@
 #include "observe_pages_kernel.h"
 #include "observe_tokens_kernel.h"
 #include "prefill_kernel.h"
+#include "quantize_kernel.h"
+#include "rotate_kernel.h"
 #include "rows_kernel.h"
 
 namespace tamis {
@@ -28,7 +30,9 @@ Kernels kernels_of() {
           {add_row<Isa, float>, add_row<Isa, Fp16>, add_row<Isa, Bf16>},
           {bound_pages<Isa, float>, bound_pages<Isa, Fp16>, bound_pages<Isa, Bf16>},
           softmax_row<Isa>,
-          attend_encoded<Isa>};
+          attend_encoded<Isa>,
+          {quantize_range<Isa, float>, quantize_range<Isa, Fp16>, quantize_range<Isa, Bf16>},
+          {rotate_key<Isa, float>, rotate_key<Isa, Fp16>, rotate_key<Isa, Bf16>}};
 }
 
 }  // namespace tamis

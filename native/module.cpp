@@ -23,6 +23,8 @@
 #include "observe_pages.h"
 #include "observe_tokens.h"
 #include "prefill.h"
+#include "quantize.h"
+#include "rotate.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -241,6 +243,44 @@ void copy_runs_call(int threads, int64_t n, int64_t bytes, uintptr_t source,
   const Runs to = runs_at(target, target_pages, n, target_ids);
   nb::gil_scoped_release release;
   copy_runs(from, to, n, bytes, threads);
+}
+
+void quantize_call(const std::string& isa, int threads, int dtype, int half, bool along_tokens,
+                   int64_t tokens, int64_t dim, int64_t group, int64_t bits, uintptr_t x,
+                   uintptr_t codes, uintptr_t scale, uintptr_t zero) {
+  const QuantizeArgs args{static_cast<DType>(dtype),
+                          static_cast<DType>(half),
+                          along_tokens,
+                          tokens,
+                          dim,
+                          group,
+                          bits,
+                          at<const void>(x),
+                          at<uint16_t>(codes),
+                          at<uint16_t>(scale),
+                          at<uint16_t>(zero)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  quantize(args, chosen, threads);
+}
+
+void rotate_keys_call(const std::string& isa, int threads, int dtype, int64_t rows,
+                      int64_t tokens, int64_t dim, int64_t pairs, bool interleaved, uintptr_t k,
+                      uintptr_t cos, uintptr_t sin, uintptr_t angle, uintptr_t out) {
+  const RotateArgs args{static_cast<DType>(dtype),
+                        rows,
+                        tokens,
+                        dim,
+                        pairs,
+                        interleaved,
+                        at<const void>(k),
+                        at<const float>(cos),
+                        at<const float>(sin),
+                        at<const int64_t>(angle),
+                        at<void>(out)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  rotate_keys(args, chosen, threads);
 }
 
 void observe_call(const std::string& isa, int threads, bool chunk, int dtype, int64_t n,
@@ -557,4 +597,10 @@ NB_MODULE(_native, m) {
   m.def("copy_runs", tamis::copy_runs_call, "threads"_a, "n"_a, "bytes"_a, "source"_a,
         "source_pages"_a, "source_ids"_a, "target"_a, "target_pages"_a, "target_ids"_a,
         "Copy runs of bytes between pages and tensors; see moves.h.");
+  m.def("quantize", tamis::quantize_call, "isa"_a, "threads"_a, "dtype"_a, "half"_a,
+        "along_tokens"_a, "tokens"_a, "dim"_a, "group"_a, "bits"_a, "x"_a, "codes"_a, "scale"_a,
+        "zero"_a, "Groups of numbers in few bits; see quantize.h.");
+  m.def("rotate_keys", tamis::rotate_keys_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,
+        "tokens"_a, "dim"_a, "pairs"_a, "interleaved"_a, "k"_a, "cos"_a, "sin"_a, "angle"_a,
+        "out"_a, "Keys turned further by RoPE; see rotate.h.");
 }
