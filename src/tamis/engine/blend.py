@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,41 @@ _QUERIES = 64
 """Scattered queries that attend at once: the tokens between them are looked at one by one."""
 
 
+def reserve(cache: SequenceCache, contexts: Sequence[Context], n_following: int) -> None:
+    """Make room for all that `assemble` lays out, before it copies anything.
+
+    That is a little more than it needs where some layers have windows, whose most pages and those
+    of the other layers are taken as needed at the same time.
+
+    Args:
+        As `assemble`.
+
+    Raises:
+        OutOfPages: too few pages are free. It may be called again when more are.
+    """
+    for layer, shape in enumerate(cache.layout.layers):
+        caches = [context.cache for context in _missing(cache, contexts)]
+        counts = [int(other.lengths_of(layer)[0]) for other in caches if other is not None]
+        n_held = int(cache.lengths_of(layer)[0])
+        n = _most_at_once(n_held, [*counts, n_following], shape.window, cache.layout.page_size)
+        cache.reserve(n, range(layer, layer + 1))
+
+
+def _most_at_once(n_held: int, counts: list[int], window: int | None, page_size: int) -> int:
+    """Tokens that the pages of a layer must have room for beside those held, when some more are
+    added one run after the other, and pages that a window has passed are freed in between."""
+    if window is None:
+        return sum(counts)
+    held, n_pages = n_held, -(-n_held // page_size)
+    left, most = n_pages, 0  # `left` of its first pages, which others may hold too
+    for n in counts:
+        held += n
+        most = max(most, -(-held // page_size) - left)
+        behind = max(0, held - window + 1) // page_size
+        held, left = held - behind * page_size, max(0, left - behind)
+    return (n_pages + most) * page_size - n_held
+
+
 def assemble(
     cache: SequenceCache, contexts: Sequence[Context], shift_keys: ShiftKeys, n_following: int
 ) -> None:
@@ -43,19 +79,23 @@ def assemble(
     Raises:
         OutOfPages: too few pages are free. It may be called again when more are.
     """
-    at = 0
-    for context in contexts:
+    for context in _missing(cache, contexts):
         assert context.cache is not None
-        if cache.next_position <= at:
 
-            def turn(layer: int, k: Tensor, delta: int = at) -> Tensor:
-                return shift_keys(layer, k, torch.full((k.shape[1],), delta, device=k.device))
+        def turn(layer: int, k: Tensor, delta: int = cache.next_position) -> Tensor:
+            return shift_keys(layer, k, torch.full((k.shape[1],), delta, device=k.device))
 
-            cache.append_from(context.cache, turn)
-            cache.trim()
-        at += len(context.tokens)
+        cache.append_from(context.cache, turn)
+        cache.trim()
     cache.reserve(n_following)
     cache.advance(n_following)
+
+
+def _missing(cache: SequenceCache, contexts: Sequence[Context]) -> list[Context]:
+    """The contexts that come after what is there already."""
+    begins = itertools.accumulate((len(context.tokens) for context in contexts), initial=0)
+    pairs = zip(begins, contexts, strict=False)
+    return [context for at, context in pairs if at >= cache.next_position]
 
 
 def deviation(life: Lifecycle, layer: int, tokens: Tensor, k: Tensor, v: Tensor) -> Tensor:
