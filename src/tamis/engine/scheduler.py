@@ -139,7 +139,8 @@ class Scheduler:
                 budget -= self._reserve(sequence, budget, batch, stuck)
         if len(self.running) == n_running and not stuck:  # nobody was preempted: there is room
             self._let_in(budget, batch, stuck)
-            if not batch:  # all others gave way to those whose pages come beside the step
+            if not batch:  # all others gave way to those whose pages were to come beside the step
+                self.cache.arrive()
                 for sequence in list(self.running):
                     budget -= self._reserve(sequence, budget, batch, stuck)
         work = [Work(sequence, n) for sequence, n in batch.items()]
