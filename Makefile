@@ -41,7 +41,7 @@ sanitize: $(VENV)/$(EXTRAS).stamp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/site \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/attention tests/cache/test_moves.py \
-	    $(addprefix tests/model/,test_linear.py test_linear_int8.py test_norm.py test_fused.py)
+	    $(addprefix tests/model/,test_linear.py test_linear_int8.py test_norm.py test_fused.py test_rotate.py)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.errors import UnsupportedModelError
+from tamis.model.rotate import rotate
 
 REACH = 512
 """Probes stay below this position, and go far enough for slow frequencies to show."""
@@ -53,16 +54,13 @@ class Rotation:
 
     def shift(self, k: Tensor, delta: Tensor) -> Tensor:
         """Keys [..., tokens, k_dim] turned by `delta` int64 [tokens] positions, in fp32 inside."""
-        at = torch.cat([delta.new_zeros(1), delta.abs()])
-        cos, sin = (part[:, self.columns] for part in self.rotary(at))  # [1 + tokens, pairs]
+        # Few tokens move by distances of their own, and angles cost more than what they turn.
+        steps, angle = torch.unique(delta, return_inverse=True)
+        at = torch.cat([steps.new_zeros(1), steps.abs()])
+        cos, sin = (part[:, self.columns] for part in self.rotary(at))  # [1 + steps, pairs]
         # At position 0 the cosine is 1, times the factor by which YaRN scales attention.
-        cos, sin = cos[1:] / cos[:1], sin[1:] / cos[:1] * delta.sign()[:, None]
-        n = cos.shape[-1]  # pairs: 2n elements are rotated, those after them are not
-        shape, axis = ((n, 2), -1) if self.interleaved else ((2, n), -2)
-        pairs = k[..., : 2 * n].float().reshape(*k.shape[:-1], *shape)
-        a, b = pairs.unbind(axis)  # [..., tokens, n]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=axis).flatten(-2)
-        return torch.cat([turned.to(k.dtype), k[..., 2 * n :]], dim=-1)
+        cos, sin = cos[1:] / cos[:1], sin[1:] / cos[:1] * steps.sign()[:, None]
+        return rotate(k, cos, sin, angle, interleaved=self.interleaved)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tamis.attention.encoding import PageEncoding, restore
+from tamis.attention.quantize import half_dtype, saturated
 from tamis.errors import PlanError
 from tamis.methods.base import param
 from tamis.methods.codec.kivi import KIVI
-from tamis.methods.codec.quantize import half_dtype, saturated
 from tamis.methods.views import Column, LayerView
 
 POWER_ITERATIONS = 3

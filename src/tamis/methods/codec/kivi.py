@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tamis.attention.encoding import Encoding, PageEncoding, Quantized, pack, packed_bytes
+from tamis.attention.encoding import Encoding, PageEncoding, Quantized, packed_bytes
+from tamis.attention.quantize import encode, half_dtype
 from tamis.errors import PlanError
 from tamis.methods.base import Codec, param
-from tamis.methods.codec.quantize import half_dtype, quantize
 from tamis.methods.views import Column, LayerView
 
 
@@ -63,26 +63,26 @@ class KIVI(Codec):
         ]
 
     def encode(self, k: Tensor, v: Tensor, view: LayerView) -> dict[str, Tensor]:
-        return self.quantized(k.float(), v.float(), half_dtype(k.dtype))
+        return self.quantized(k, v, half_dtype(k.dtype))
 
     def encoding(self) -> PageEncoding:
         return PageEncoding(
-            Encoding(Quantized(self.bits, self.group_size, "tokens")),
-            Encoding(Quantized(self.bits, self.group_size, "channels")),
+            Encoding(self._along("tokens")),
+            Encoding(self._along("channels")),
         )
 
     def quantized(self, k: Tensor, v: Tensor, half: torch.dtype) -> dict[str, Tensor]:
-        """The fields of `columns` for fp32 keys and values, scales and zero-points in `half`."""
-        # k [kv_heads, pages, groups, group_size, k_dim], v [.., page_size, groups, group_size]
-        k_groups = torch.unflatten(k, 2, (-1, self.group_size))
-        v_groups = torch.unflatten(v, 3, (-1, self.group_size))
-        k_codes, k_scale, k_zero = quantize(k_groups, 3, self.bits, half)
-        v_codes, v_scale, v_zero = quantize(v_groups, 4, self.bits, half)
+        """The fields of `columns` for keys and values, scales and zero-points in `half`."""
+        k_codes, k_scale, k_zero = encode(k, self._along("tokens"), half)
+        v_codes, v_scale, v_zero = encode(v, self._along("channels"), half)
         return {
-            "k_codes": pack(k_codes.flatten(2, 3), self.bits),
-            "k_scale": k_scale.squeeze(3),
-            "k_zero": k_zero.squeeze(3),
-            "v_codes": pack(v_codes.flatten(3, 4), self.bits),
-            "v_scale": v_scale.squeeze(4),
-            "v_zero": v_zero.squeeze(4),
+            "k_codes": k_codes,
+            "k_scale": k_scale,
+            "k_zero": k_zero,
+            "v_codes": v_codes,
+            "v_scale": v_scale,
+            "v_zero": v_zero,
         }
+
+    def _along(self, along: Literal["tokens", "channels"]) -> Quantized:
+        return Quantized(self.bits, self.group_size, along)
