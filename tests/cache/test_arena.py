@@ -89,3 +89,56 @@ def test_taking_more_blocks_than_are_free_is_a_bug_of_the_caller() -> None:
     arena = Arena(1024, block_bytes=512)
     with pytest.raises(AssertionError, match="3 blocks taken of 2"):
         arena.take(3)
+
+
+class Runtime:
+    """In place of CUDA's, which this machine need not have."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:  # noqa: N802
+        if not self.error:
+            self.pinned[address] = n_bytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+        del self.pinned[address]
+
+
+class TestPinned:
+    @pytest.fixture
+    def runtime(self, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+        runtime = Runtime()
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        return runtime
+
+    def test_memory_is_pinned_when_the_first_block_is_taken_and_until_it_is_freed(
+        self, runtime: Runtime
+    ) -> None:
+        arena = Arena(1000, block_bytes=64, pinned=True)
+        assert not runtime.pinned
+        for _ in range(2):
+            arena.take(1)
+            ((address, n_bytes),) = runtime.pinned.items()
+            begin = arena.data.data_ptr() - address
+            assert 0 <= begin <= n_bytes - arena.capacity_bytes
+        pages = arena.data[:64]
+        del arena
+        assert runtime.pinned
+        del pages
+        assert not runtime.pinned
+
+    def test_what_is_not_to_be_pinned_is_not(self, runtime: Runtime) -> None:
+        Arena(1000, block_bytes=64).take(1)
+        assert not runtime.pinned
+
+    def test_a_system_that_does_not_allow_it_is_an_error(self, runtime: Runtime) -> None:
+        runtime.error = 2
+        arena = Arena(1000, block_bytes=64, pinned=True)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"could not be pinned \(2\); give swap_memory"):
+                arena.take(1)
+        assert arena.free_blocks == arena.n_blocks

@@ -55,6 +55,13 @@ def scattered(cache: PagedCache, n: int) -> SequenceCache:
     return sequence
 
 
+def overwrite(cache: PagedCache) -> None:
+    """Write to free pages, among them those that were freed last."""
+    past = cache.new_sequence()
+    tokens.grow(past, range(900, 940))
+    past.free()
+
+
 @pytest.mark.parametrize("staged_pages", [2, 5, 200])
 def test_swapped_pages_come_back_as_they_went(streams: Any, staged_pages: int) -> None:
     """Through buffers for one page, for two, and for all; others write to the pages meanwhile."""
@@ -105,10 +112,9 @@ def arrived(sequence: SequenceCache) -> bool:
 def test_pages_come_beside_what_is_computed_until_they_are_needed() -> None:
     streams = LateStreams()
     cache = make_cache(streams)
-    sequence, other, past = grown(cache, 16), grown(cache, 16), cache.new_sequence()
+    sequence, other = grown(cache, 16), grown(cache, 16)
     sequence.swap_out()
-    tokens.grow(past, range(900, 940))
-    past.free()
+    overwrite(cache)
     sequence.swap_in(beside=True)
     assert streams.side.n_pending > 0
     tokens.grow(other, range(16, 30))
@@ -123,6 +129,7 @@ def test_pages_on_their_way_may_be_given_up_again(streams: Any) -> None:
     sequence = grown(cache, 18)
     for _ in range(2):
         sequence.swap_out()
+        overwrite(cache)
         sequence.swap_in(beside=True)
     sequence.swap_out()
     other = grown(cache, 40)

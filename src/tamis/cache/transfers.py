@@ -21,7 +21,7 @@ class _Buffer(NamedTuple):
 
     Attributes:
         words: int64 [n].
-        done: the side stream's last use of it.
+        done: when the side stream has copied what was last sent through it.
     """
 
     words: torch.Tensor
@@ -68,7 +68,7 @@ class Transfers:
 
     def send(self, pool: PagePool, ids: IntArray, host: PagePool, copies: IntArray) -> None:
         """Copy pages of the device to pages of host memory, int32 [n] each, of one format."""
-        self.arrive()
+        self.arrive()  # what is sent may have been brought, and through the same buffers
         order = np.argsort(copies)  # so that more of them follow one another
         index, copies = self._index(ids[order]), copies[order]
         words, compute = pool.words(), self._compute
@@ -91,10 +91,9 @@ class Transfers:
         self._side.wait_stream(self._compute)
         with self._streams.stream(self._side):
             for piece in self._pieces(copies.size, pool):
-                staged, done = self._staged(pool, copies[piece].size)
+                staged, _ = self._staged(pool, copies[piece].size)
                 fetch(host, copies[piece], staged)
                 words[index[piece]] = staged
-                done.record(self._side)
             arrived.record(self._side)
         # The index is the computing stream's memory, to be freed when that has waited.
         self._arriving.append((arrived, index))
