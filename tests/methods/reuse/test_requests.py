@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tamis import LLM, SamplingParams
+from tamis.cache import SequenceCache
 from tamis.errors import KVMemoryError, PlanError, RequestError
 from tamis.model import Model
 from tamis.plan import Plan
@@ -244,6 +245,29 @@ def test_no_more_requests_start_than_there_is_memory_for(llama: Model) -> None:
     outputs = llm.generate([QUESTION] * 6, short, "promptcache()", context=contexts)
     assert [output.error for output in outputs] == [None] * 6
     assert sum(output.metrics.preemptions for output in outputs) == 0
+
+
+@pytest.mark.parametrize(("name", "room"), [("mistral", "88KiB"), ("gemma3", "120KiB")])
+def test_contexts_are_copied_once_there_is_room_and_not_before(
+    load: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, name: str, room: str
+) -> None:
+    """While a window slides over them, they take more pages than they do in the end."""
+    llm = make(load(name), kv_memory=room, max_batch_tokens=64)
+    contexts = add(llm)
+    other = llm.engine.add_request(words(30), SamplingParams(max_tokens=60, ignore_eos=True))
+    llm.engine.step()
+    copies, append = [], SequenceCache.append_from
+    monkeypatch.setattr(
+        SequenceCache, "append_from", lambda *given: (copies.append(given), append(*given))
+    )
+    plan = Plan.parse("promptcache()")
+    joined = llm.engine.add_request(QUESTION, TEN, plan, context=contexts)
+    for _ in range(10):
+        llm.engine.step()
+    assert copies == []
+    outputs = run(llm)
+    assert [outputs[one].error for one in (other, joined)] == [None, None]
+    assert len(copies) == len(contexts) - 1  # the first is shared
 
 
 def test_what_would_not_fit_beside_its_contexts_is_refused(llama: Model) -> None:
