@@ -374,6 +374,7 @@ class Engine:
         if work:
             n_decoding = sum(not item.sequence.in_prompt for item in work)
             n_prompt = sum(item.n_tokens for item in work if item.sequence.in_prompt)
+            n_recorded = self._n_recorded
             try:
                 outcomes, failed = self._forward(work)
             except Exception as error:
@@ -383,7 +384,7 @@ class Engine:
                 message = f"{type(reason).__name__}: {reason}"
                 increments.append(self._finish(sequence, "error", error=message))
             increments += self._extend(outcomes)
-            if not failed:
+            if not failed and n_recorded == self._n_recorded:  # to record a step takes long, once
                 seconds = time.perf_counter() - start
                 self.scheduler.costs.observe(seconds, n_decoding, n_prompt)
         elif not increments and not self.idle:
@@ -438,6 +439,11 @@ class Engine:
             if sequence not in failed
         ]
         return outcomes, list(failed.items())
+
+    @property
+    def _n_recorded(self) -> int:
+        """Decode steps that were recorded so far."""
+        return 0 if self.graphs is None else self.graphs.recorded
 
     def _run(self, work: list[Work], flat: FlatBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model on any work.

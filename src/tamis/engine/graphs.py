@@ -30,6 +30,10 @@ MOST = 32
 LEAST_PAGES = 16
 """The narrowest page tables: widths below it are not told apart, for they cost the same."""
 
+MOST_ENTRIES = 1 << 22
+"""Entries of the largest page tables, 16 MiB: a step over more takes the device so long that how it
+is launched does not matter, and each size has tables of its own."""
+
 
 class CudaCapture:
     """Records functions in CUDA graphs, which share one pool of memory: what one of them returned
@@ -132,8 +136,11 @@ class DecodeGraphs:
         if self._capture is None or not self._qualifies(sequences, flat):
             return None
         n, caches = len(sequences), [s.cache for s in sequences if s.cache is not None]
-        width = max(LEAST_PAGES, *(cache.width for cache in caches))
-        step = self._step(_power(n), _power(width))
+        rows = _power(n)
+        width = _power(max(LEAST_PAGES, *(cache.width for cache in caches)))
+        if rows * width * self._cache.layout.n_rows > MOST_ENTRIES:
+            return None
+        step = self._step(rows, width)
         batch = step.batch
         batch.fill(caches, flat.tokens, flat.positions)
         if worth_sharing(batch.tables[:n], batch.lengths[:n], batch.layout, WORTH):
@@ -152,7 +159,6 @@ class DecodeGraphs:
             and flat.rows is None
             and len(flat.tokens) == n
             and flat.sample_at == list(range(n))
-            and not flat.score_at
             and all(map(_plain, sequences))
         )
 
@@ -171,11 +177,12 @@ class DecodeGraphs:
         try:
             step.replay = capture(_forward(self._model, step.batch))
         except RuntimeError as error:  # torch's errors of CUDA are such
+            first = _first(error)
             _log.warning(
                 "a decode step of %d rows could not be recorded, so no later one will be: %s: %s",
                 step.batch.rows,
-                type(error).__name__,
-                error,
+                type(first).__name__,
+                first,
             )
             self._capture = None
             self._steps.clear()
@@ -236,6 +243,13 @@ def _plain(sequence: Sequence) -> bool:
     observed = life.listens or (life.plan.needs.similarity and not life.generating)
     begun = life.layers[-1].options is not None  # which a step that runs as any other notes
     return begun and not observed and stores.readable(life) is None
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: that a capture is ended by an error is itself an error."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _power(n: int) -> int:
