@@ -101,6 +101,13 @@ def measure(parts: list[Part], threads: int, path: Path, console: Console) -> No
             console.print(f"  other processes took {record['others']:.0%} of the processors")
 
 
+def _kept(path: Path, quick: bool) -> str:
+    """What a run that is stopped leaves behind, and how to go on."""
+    if quick:
+        return "nothing is kept of --quick"
+    return f"{path} keeps parts: {len(records(path))}; the same command goes on with the rest"
+
+
 def _check_installed(parts: list[Part]) -> None:
     needed = {ENGINES[name].environment for part in parts for name in part.engines} - {None}
     missing = [peer for peer in PEERS if peer in needed and not is_installed(peer)]
@@ -149,7 +156,8 @@ def main(
         try:
             measure(parts, threads, path, console)
         except KeyboardInterrupt:
-            sys.exit("stopped; the same command goes on with the part that was running")
+            console.print(f"stopped; {_kept(path, quick)}", soft_wrap=True)
+            raise typer.Exit(130) from None
         summary = summarize(list(records(path).values()), this_machine())
     if quick:
         print(render(summary))

@@ -4,10 +4,14 @@ says what was measured."""
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 import peers
 import peers_run
@@ -113,8 +117,9 @@ def test_the_latest_line_of_a_part_counts(tmp_path):
     assert found["a"]["threads"] == 7
 
 
-def test_ctrl_c_keeps_the_parts_that_are_done(tmp_path, monkeypatch, directory):
-    """The second part is stopped while it runs; the first one's line is on the disk."""
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, directory):
+    """`stopped(*arguments)` is the command with Ctrl-C while the second part runs."""
     ran = []
 
     def run(part, *_):
@@ -125,11 +130,29 @@ def test_ctrl_c_keeps_the_parts_that_are_done(tmp_path, monkeypatch, directory):
 
     monkeypatch.setattr(peers, "run", run)
     monkeypatch.setattr(peers, "model_directory", lambda model, gguf: directory)
+    monkeypatch.setattr(peers, "is_installed", lambda peer: True)
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        peers.measure(list(PARTS[:3]), 1, tmp_path / "r.jsonl", peers.Console(quiet=True))
-    assert ran == [part.name for part in PARTS[:2]]
+    monkeypatch.setattr(peers, "RESULTS", tmp_path / "r.jsonl")
+    app = typer.Typer()
+    app.command()(peers.main)
+    ending, threads = signal.getsignal(signal.SIGTERM), str(torch.get_num_threads())
+    yield lambda *arguments: CliRunner().invoke(app, ["--threads", threads, *arguments])
+    signal.signal(signal.SIGTERM, ending)
+    assert len(ran) == 2
+
+
+def test_ctrl_c_keeps_the_parts_that_are_done_and_says_so(tmp_path, stopped):
+    found = stopped()
+    assert found.exit_code == 130
+    assert f"{tmp_path / 'r.jsonl'} keeps parts: 1; the same command goes on" in found.output
     assert list(peers.records(tmp_path / "r.jsonl")) == [PARTS[0].name]
+
+
+def test_ctrl_c_in_a_quick_run_keeps_nothing_and_says_so(tmp_path, stopped):
+    found = stopped("--quick")
+    assert found.exit_code == 130
+    assert "nothing is kept" in found.output
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 # Engines in processes of their own
