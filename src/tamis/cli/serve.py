@@ -134,6 +134,14 @@ def serve(
         bool,
         typer.Option(help="Keep pages of prompts for later ones that begin with the same tokens."),
     ] = True,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Record decode steps in CUDA graphs; by default on a GPU.",
+            show_default=False,
+        ),
+    ] = None,
     context_memory: Annotated[
         str | None,
         typer.Option(
@@ -239,6 +247,7 @@ def serve(
         order=orders[order](),
         pace=Steady(slowdown) if slowdown else Full(),
         prefix_cache=prefix_cache,
+        cuda_graphs=cuda_graphs,
     )
     try:
         serve_until_stopped(llm, settings)
