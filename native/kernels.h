@@ -5,6 +5,7 @@
 #include "decode.h"
 #include "encoded.h"
 #include "linear.h"
+#include "nearest.h"
 #include "observe.h"
 #include "observe_pages.h"
 #include "observe_tokens.h"
@@ -32,6 +33,7 @@ struct Kernels {
   AttendEncoded* attend_encoded;
   QuantizeRange* quantize_range[3];
   RotateKey* rotate_key[3];
+  NearestRange* nearest_range[3];
 };
 
 Kernels kernels_portable();

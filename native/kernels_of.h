@@ -5,6 +5,7 @@
 #include "encoded_kernel.h"
 #include "kernels.h"
 #include "linear_kernel.h"
+#include "nearest_kernel.h"
 #include "observe_kernel.h"
 #include "observe_pages_kernel.h"
 #include "observe_tokens_kernel.h"
@@ -32,7 +33,8 @@ Kernels kernels_of() {
           softmax_row<Isa>,
           attend_encoded<Isa>,
           {quantize_range<Isa, float>, quantize_range<Isa, Fp16>, quantize_range<Isa, Bf16>},
-          {rotate_key<Isa, float>, rotate_key<Isa, Fp16>, rotate_key<Isa, Bf16>}};
+          {rotate_key<Isa, float>, rotate_key<Isa, Fp16>, rotate_key<Isa, Bf16>},
+          {nearest_range<Isa, float>, nearest_range<Isa, Fp16>, nearest_range<Isa, Bf16>}};
 }
 
 }  // namespace tamis

@@ -19,6 +19,7 @@
 #include "linear.h"
 #include "moves.h"
 #include "narrow.h"
+#include "nearest.h"
 #include "observe.h"
 #include "observe_pages.h"
 #include "observe_tokens.h"
@@ -281,6 +282,24 @@ void rotate_keys_call(const std::string& isa, int threads, int dtype, int64_t ro
   const Isa chosen = isa_named(isa);
   nb::gil_scoped_release release;
   rotate_keys(args, chosen, threads);
+}
+
+void nearest_call(const std::string& isa, int threads, int dtype, int64_t n, int64_t among,
+                  int64_t dim, uintptr_t keys, uintptr_t others, uintptr_t key_scales,
+                  uintptr_t other_scales, uintptr_t similarity, uintptr_t index) {
+  const NearestArgs args{static_cast<DType>(dtype),
+                         n,
+                         among,
+                         dim,
+                         at<const void>(keys),
+                         at<const void>(others),
+                         at<const float>(key_scales),
+                         at<const float>(other_scales),
+                         at<float>(similarity),
+                         at<int64_t>(index)};
+  const Isa chosen = isa_named(isa);
+  nb::gil_scoped_release release;
+  nearest(args, chosen, threads);
 }
 
 void observe_call(const std::string& isa, int threads, bool chunk, int dtype, int64_t n,
@@ -603,4 +622,7 @@ NB_MODULE(_native, m) {
   m.def("rotate_keys", tamis::rotate_keys_call, "isa"_a, "threads"_a, "dtype"_a, "rows"_a,
         "tokens"_a, "dim"_a, "pairs"_a, "interleaved"_a, "k"_a, "cos"_a, "sin"_a, "angle"_a,
         "out"_a, "Keys turned further by RoPE; see rotate.h.");
+  m.def("nearest", tamis::nearest_call, "isa"_a, "threads"_a, "dtype"_a, "n"_a, "among"_a, "dim"_a,
+        "keys"_a, "others"_a, "key_scales"_a, "other_scales"_a, "similarity"_a, "index"_a,
+        "Most similar keys; see nearest.h.");
 }
