@@ -290,6 +290,25 @@ def test_many_pages_are_read_and_written_alike_on_any_number_of_threads(on_host:
     assert all(torch.equal(read, values.flip(0)) for read in on_threads(through, 1, 2, 3))
 
 
+@pytest.mark.parametrize("n", [0, 1, 150])
+def test_whole_pages_are_copied_between_arenas_on_any_number_of_threads(
+    on_host: str, n: int
+) -> None:
+    format = format_of(16, (64, 32), torch.bfloat16)
+    pool, ids = pages_of(format, n + 1, seed=0)
+
+    def copied() -> torch.Tensor:
+        other, others = pages_of(format, n + 3, seed=1)
+        other.copy_from(pool, ids[:n], others[:n])
+        return other.arena.data
+
+    want, others = pages_of(format, n + 3, seed=1)
+    view = want.words()
+    for page, to in zip(ids[:n].tolist(), others[:n].tolist(), strict=True):
+        view[to] = pool.words()[page]
+    assert all(torch.equal(data, want.arena.data) for data in on_threads(copied, 1, 2, 3))
+
+
 @pytest.mark.parametrize("row", [4, -1])
 def test_places_that_there_are_not_are_refused(row: int) -> None:
     if native_module(warn=False) is None:
@@ -301,6 +320,8 @@ def test_places_that_there_are_not_are_refused(row: int) -> None:
         pool.move_tokens((ids, rows), (ids, rows[::-1]))
     with pytest.raises(IndexError, match="lies outside"):
         pool.gather(np.int32([1 << 20]), "k")
+    with pytest.raises(IndexError, match="lies outside"):
+        pool.copy(ids[:1], np.int32([-1]))
     with pytest.raises(ValueError, match=r"k must be torch.float32 \[2, 4, 8\], got .*\[1, 4, 8\]"):
         pool.scatter(ids, "k", torch.zeros(1, 4, 8))
     assert torch.equal(pool.arena.data, before)

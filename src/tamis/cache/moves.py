@@ -147,6 +147,40 @@ def scatter(
     _copy(extension, data, format, name, ids, values, out_of_pages=False)
 
 
+def copy_pages(
+    extension: ModuleType,
+    format: PageFormat,
+    source: tuple[torch.Tensor, Indices],
+    target: tuple[torch.Tensor, Indices],
+) -> None:
+    """Copy whole pages by the compiled extension.
+
+    Args:
+        extension: the extension.
+        format: the layout of the pages.
+        source: the bytes of an arena on the CPU, uint8 [capacity], and page ids, integers [n].
+        target: the same, for where they go: each page once, and none of them a source.
+
+    Raises:
+        IndexError: an id lies beyond its arena; nothing was copied.
+    """
+    ids = [_contiguous(part[1]) for part in (source, target)]
+    if ids[0].size != ids[1].size:
+        raise IndexError(f"{ids[0].size} pages to be copied to {ids[1].size}")
+    (source_data, _), (target_data, _) = source, target
+    extension.copy_runs(
+        torch.get_num_threads(),
+        ids[0].size,
+        format.page_bytes,
+        source_data.data_ptr(),
+        ids[0].ctypes.data,
+        _page_ids(source_data, format),
+        target_data.data_ptr(),
+        ids[1].ctypes.data,
+        _page_ids(target_data, format),
+    )
+
+
 def _copy(
     extension: ModuleType,
     data: torch.Tensor,

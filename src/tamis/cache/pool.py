@@ -240,10 +240,14 @@ class PagePool:
             target: where they go in this pool, int32 [n], each once and none of them a source.
         """
         self.changing(target)
-        device = self.arena.data.device
+        data, others = self.arena.data, other.arena.data
+        if (extension := native_for(None, data, others)) is not None:
+            moves.copy_pages(extension, self.format, (others, source), (data, target))
+            return
+        device = data.device
         # By indexing twice, there is a copy between, which is to stay in the processor's caches;
         # on a device, it may not fit beside the arena as a whole.
-        on_host = {device.type, other.arena.data.device.type} == {"cpu"}
+        on_host = {device.type, others.device.type} == {"cpu"}
         piece_bytes = _CACHED_BYTES if on_host else _PIECE_BYTES
         source_index, target_index = other._index(source), self._index(target)
         for piece in _pieces(source.size, piece_bytes // self.page_bytes):

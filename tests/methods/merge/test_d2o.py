@@ -7,7 +7,6 @@ import torch
 
 from tamis.errors import PlanError
 from tamis.methods.base import Evict
-from tamis.methods.merge import d2o
 from tamis.methods.merge.d2o import D2O
 from tests.methods.layer import after_merge, layer_view
 
@@ -49,8 +48,7 @@ def naive(k, v, kept, evicted, beta, threshold):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("lengths", [None, [12, 7]])
-def test_merging_is_the_papers_formula_step_after_step(seed, lengths, monkeypatch):
-    monkeypatch.setattr(d2o, "_BLOCK", 3)  # several blocks
+def test_merging_is_the_papers_formula_step_after_step(seed, lengths):
     method = D2O(budget=4, beta=0.6)
     state, thresholds = {}, [None] * HEADS
     for step in range(3):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tamis.attention.nearest import nearest
 from tamis.methods.base import Evict, Merge, budget_param, param
 from tamis.methods.evict.recent import keep_recent_and_top
 from tamis.methods.views import LayerView, Merged, Needs
@@ -16,7 +17,6 @@ _PAPER = (
     "D2O: Dynamic Discriminative Operations for Efficient Generative Inference of Large Language "
     "Models (arXiv:2406.13035)"
 )
-_BLOCK = 1024  # evicted tokens that are compared with all kept ones at once
 _STATE = "d2o.threshold"
 
 
@@ -110,19 +110,14 @@ class D2O(Merge):
 
 def _nearest(k: Tensor, evicted: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """For each evicted token of a head its highest cosine similarity to a kept one, fp32 [m], and
-    which token that is, int64 [m]; in blocks, so that evicted x kept is never held.
+    which token that is, int64 [m].
 
     Args:
         k: [tokens, dim]; evicted, kept: which tokens, bool [tokens].
     """
     stay = kept.nonzero()[:, 0]
-    targets = torch.nn.functional.normalize(k[stay].float(), dim=-1)
-    found = [
-        (torch.nn.functional.normalize(block.float(), dim=-1) @ targets.T).max(1)
-        for block in torch.split(k[evicted], _BLOCK)
-    ]
-    nearest = torch.cat([one.indices for one in found])
-    return torch.cat([one.values for one in found]), stay[nearest]
+    similarity, place = nearest(k[evicted], k[stay])
+    return similarity, stay[place]
 
 
 def _averaged(x: Tensor, to: Tensor, from_: Tensor, weight: Tensor, place: Tensor) -> Tensor:
