@@ -7,10 +7,11 @@ Three parts. *Checks*: every Triton kernel against the reference backend on rand
 bf16 and fp32, heads of 64 and 128, 1, 4 and 8 query heads per KV head. *Times*: each kernel beside
 what the device allows (bytes over the bandwidth of a copy, operations over the rate of a large
 matrix product, both measured here), torch's `scaled_dot_product_attention` and FlexAttention;
-medians of interleaved runs. Calls are timed as they are made, Python included. *End to end*: the
-Llama of random weights through `tamis.LLM` and through 🤗 Transformers: whether greedy tokens are
-equal in fp32, and milliseconds of prompts and of tokens in bf16; and decode steps of 1, 8 and 32
-requests with CUDA graphs and without, whether their tokens are equal and milliseconds of a step.
+medians of interleaved runs. Calls are timed as they are made, Python included; of copies to host
+memory and back, how much of them ran beside other work. *End to end*: the Llama of random weights
+through `tamis.LLM` and through 🤗 Transformers: whether greedy tokens are equal in fp32, and
+milliseconds of prompts and of tokens in bf16; and decode steps of 1, 8 and 32 requests with CUDA
+graphs and without, whether their tokens are equal and milliseconds of a step.
 
 It ends by itself when the time is up; Ctrl-C leaves what there is. The exit status is 1 if a
 kernel is wrong or does not run, 2 if nothing can run here, 130 after Ctrl-C.

@@ -17,6 +17,7 @@ from tamis.attention.pattern import SparsePattern, TokenList
 from tamis.cache import BatchView, CacheLayout, LayerShape, PagedCache
 from tamis.cache.format import Field
 from tamis.cache.moves import append
+from tamis.cache.transfers import Transfers
 from tamis.methods.codec.gear import GEAR
 from tamis.methods.codec.kivi import KIVI
 from tamis.methods.codec.think import ThinK
@@ -278,6 +279,52 @@ def _compaction(case: Case, backend: str) -> Tensors:
     return (*sequence.keys_values(0), *twin.keys_values(0), sequence.positions_of(0))
 
 
+def _transfers(case: Case, backend: str) -> Tensors:
+    """Pages swapped out and in, and brought from host memory, beside products of matrices: through
+    little memory, so that it is used again and again."""
+    generator = torch.Generator().manual_seed(1)
+    device = torch.device(case.device if backend == "triton" else "cpu")
+    layout = CacheLayout((LayerShape(KV_HEADS, case.dim, case.dim),), 64, case.dtype)
+    room = 8 * layout.bytes_for(case.most) + (8 << 20)
+    beside = None
+    if backend == "triton":
+        beside = Transfers(device, 2 * layout.block_bytes(room))
+    cache = PagedCache(layout, room, device, 64 << 20, 64 << 20, beside)
+    square = torch.ones(1024, 1024, device=device)
+    keys = torch.randn(case.most, KV_HEADS, case.dim, generator=generator)
+    keys = keys.to(device, case.dtype)
+    at = torch.arange(case.most, dtype=torch.int32, device=device)
+    sequences = []
+    for n in range(4):  # of which each overwrites what the one before it gave up
+        sequence = cache.new_sequence()
+        sequence.reserve(case.most)
+        BatchView(cache, [sequence], [case.most], at).append(0, keys + n, -keys)
+        sequence.advance(case.most)
+        sequence.swap_out()
+        square @ square
+        sequences.append(sequence)
+    for sequence in sequences:
+        sequence.swap_in(beside=True)
+        square @ square
+    cache.arrive()
+    swapped = [x.contiguous() for sequence in sequences for x in sequence.keys_values(0)]
+    sequence = cache.new_sequence()
+    sequence.add_store("host", {0: layout.formats[0]}, "host")
+    fields = {"k": keys.transpose(0, 1), "v": -keys.transpose(0, 1)}
+    position = at.expand(KV_HEADS, -1)[..., None]
+    sequence.put("host", (0,), case.most, fields | {"position": position})
+    store = sequence.stores["host"]
+    ids, pool = store.laid_out(0)[0], store.pool(store.rows(0))
+    if beside is None:
+        return (*swapped, *[store.staged(0, device).data] * 4)
+    coming, brought = beside.ahead(pool, ids), []
+    for _ in range(4):
+        arrive, coming = coming, beside.ahead(pool, ids)
+        square @ square
+        brought.append(arrive().clone())
+    return (*swapped, *brought)
+
+
 KERNELS: dict[str, Callable[[Case, str], Tensors]] = {
     "decode": _decode,
     "prefill": _prefill(past=False, pattern=False),
@@ -296,13 +343,14 @@ KERNELS: dict[str, Callable[[Case, str], Tensors]] = {
     "decode_weights, token_weights": _decode_weights,
     "top_pages": _top_pages,
     "compaction": _compaction,
+    "transfers": _transfers,
 }
 
 EVERYWHERE = ("decode", "prefill")
 """Kernels that are checked on every combination of dtype, head dimension and group; the others on
 a few that have each of them once."""
 
-EXACT = ("append", "top_pages", "compaction")
+EXACT = ("append", "top_pages", "compaction", "transfers")
 
 IN_FP32 = (
     *(name for name in KERNELS if name.startswith("decode, ") and name[-1].isdigit()),

@@ -19,11 +19,12 @@ from rich.table import Table
 import gpu_checks
 import gpu_graphs
 import gpu_times
+import gpu_transfers
 import tamis
 from gpu_checks import Check
 from gpu_engine import TamisOn, TransformersOn, prompt
 from gpu_graphs import StepTimes
-from gpu_times import Rates, Sizes, Timing
+from gpu_times import Item, Rates, Sizes, Timing
 from random_llama import LlamaShape
 from report import number
 from tamis.cli.machine import this_machine
@@ -126,7 +127,8 @@ class Record:
         """Write the file."""
         times = [
             asdict(one)
-            | {"of_limit": one.of_limit, "ratios": {who: one.ratio(who) for who in one.ms}}
+            | {"of_limit": one.of_limit, "overlap": one.overlap}
+            | {"ratios": {who: one.ratio(who) for who in one.ms}}
             for one in self.times
         ]
         machine = asdict(this_machine())
@@ -189,7 +191,8 @@ def table(record: Record) -> Table:
             one.name,
             ours,
             f"{share:.0%}" if share is not None else "",
-            ", ".join(f"{who}: {one.ratio(who):.2f}" for who in list(one.ms)[1:]),
+            ", ".join(f"{who}: {one.ratio(who):.2f}" for who in list(one.ms)[1:])
+            + (f"; {one.overlap:.0%} side by side" if one.overlap is not None else ""),
         )
     for two in record.end_to_end:
         for what, ms, limit in (
@@ -246,10 +249,16 @@ def _check(record: Record, clock: _Clock, console: Console) -> None:
     console.print(f"{len(record.checks)} checks, {len(record.failed)} failed")
 
 
+def items(sizes: Sizes, device: str) -> Iterator[tuple[str, Callable[[], Item]]]:
+    """Everything that is timed."""
+    yield from gpu_transfers.items(sizes, device)  # the shortest
+    yield from gpu_times.items(sizes, device)
+
+
 def _time(record: Record, clock: _Clock, console: Console) -> None:
     settings = record.settings
     record.rates = gpu_times.measure_rates(settings.sizes, settings.device)
-    for name, build in gpu_times.items(settings.sizes, settings.device):
+    for name, build in items(settings.sizes, settings.device):
         if not clock.until(TIMES):
             record.left_out.append(f"time of {name}")
             continue

@@ -46,6 +46,7 @@ class Sizes:
         kv_heads: KV heads.
         copied: bytes whose copy shows the memory's bandwidth; square: extent of the matrices whose
             product shows the matmul peak.
+        swapped: bytes that go to host memory and come back.
         rounds: samples; seconds: of repeated runs in a sample.
     """
 
@@ -56,13 +57,14 @@ class Sizes:
     kv_heads: int = 8
     copied: int = 1 << 30
     square: int = 8192
+    swapped: int = 1 << 30
     rounds: int = 7
     seconds: float = 0.02
 
     @classmethod
     def tiny(cls) -> Sizes:
         """Sizes that prove nothing but that everything runs."""
-        return cls(64, 1, 64, 32, 2, 1 << 16, 64, rounds=1, seconds=0)
+        return cls(64, 1, 64, 32, 2, 1 << 16, 64, 1 << 20, rounds=1, seconds=0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ class Timing:
     def of_limit(self) -> float | None:
         """The share of what the device allows: 1 is as fast as that."""
         return self.limit_ms / self.ms["tamis"].median if "tamis" in self.ms else None
+
+    @property
+    def overlap(self) -> float | None:
+        """Of copies and work that were timed alone too, the share of the shorter that ran beside
+        the longer."""
+        if not {"tamis", "copies", "work"} <= set(self.ms):
+            return None
+        both, *alone = (self.ms[name].median for name in ("tamis", "copies", "work"))
+        return (sum(alone) - both) / min(alone)
 
     def ratio(self, other: str) -> float | None:
         """How many times as fast tamis is."""

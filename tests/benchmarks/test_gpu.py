@@ -19,6 +19,7 @@ import gpu_graphs
 import gpu_run
 import gpu_times
 from gpu_checks import Case
+from timing import Spread
 
 CASE = Case(torch.float32, 64, 2, most=100, chunk=20, device="cpu")
 
@@ -49,7 +50,7 @@ def test_everything_is_checked_and_timed_in_a_tiny_run(out):
     assert all(check["passed"] for check in record["checks"])
     sizes = gpu_times.Sizes.tiny()
     assert [one["name"] for one in record["times"]] == [
-        name for name, _ in gpu_times.items(sizes, "cpu")
+        name for name, _ in gpu_run.items(sizes, "cpu")
     ]
     assert all(one["of_limit"] > 0 and not one["errors"] for one in record["times"])
     (end_to_end,) = record["end_to_end"]
@@ -86,7 +87,7 @@ def test_ctrl_c_leaves_what_there_is(out, monkeypatch):
     assert not record["complete"]
 
 
-@pytest.mark.parametrize("kernel", ["decode", "append", "decode, kivi 4"])
+@pytest.mark.parametrize("kernel", ["decode", "append", "decode, kivi 4", "transfers"])
 def test_a_kernel_that_is_wrong_is_found(kernel, monkeypatch):
     right = gpu_checks.KERNELS[kernel]
 
@@ -113,6 +114,15 @@ def test_a_kernel_that_does_not_run_is_a_failure_and_ends_nothing(out, monkeypat
     assert "out of shared memory" in check.message
     record = gpu_run.Record(gpu_run.Settings.tiny(1), out, checks=[check])
     assert record.failed == ["append"]
+
+
+def test_what_ran_side_by_side_is_a_share_of_the_shorter():
+    ms = {"copies": 4.0, "work": 10.0}
+    for both, share in ((14.0, 0.0), (10.0, 1.0), (11.0, 0.75)):
+        spreads = {name: Spread.of([value]) for name, value in (ms | {"tamis": both}).items()}
+        assert gpu_times.Timing("x", {}, spreads, 1.0).overlap == share
+    del spreads["work"]
+    assert gpu_times.Timing("x", {}, spreads, 1.0).overlap is None
 
 
 def test_who_cannot_be_timed_has_an_error():
