@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tamis.attention.encoding import Encoding, PageEncoding, Pruned, Quantized
+from tamis.attention.sides import side_layout
 from tamis.cache.format import PagedKV, PageFormat
 from tamis.platform import NATIVE_DTYPES
 
@@ -95,43 +96,25 @@ def _layout(format: PageFormat, encoding: PageEncoding) -> tuple[_Side, _Side, i
 
 
 def _side(format: PageFormat, name: str, encoding: Encoding) -> _Side:
-    rows, at = encoding.rows, format.offsets
-    if isinstance(rows, Quantized):
-        scale = format.field(f"{name}_scale")
-        by_channel = rows.along == "tokens"
-        side = _Side(
-            rows=1 if by_channel else 2,
-            dtype=NATIVE_DTYPES[scale.dtype],
-            dim=scale.width * (1 if by_channel else rows.group),
-            elements=at[f"{name}_codes"],
-            bits=rows.bits,
-            group=rows.group,
-            scale=at[f"{name}_scale"],
-            zero=at[f"{name}_zero"],
-        )
-    elif isinstance(rows, Pruned):
-        kept = format.field(f"{name}_kept")
-        side = _Side(
-            rows=3,
-            dtype=NATIVE_DTYPES[kept.dtype],
-            dim=format.field(f"{name}_mask").width,
-            elements=at[f"{name}_kept"],
-            kept=kept.width,
-            mask=at[f"{name}_mask"],
-        )
-    else:
-        plain = format.field(name)
-        side = _Side(0, NATIVE_DTYPES[plain.dtype], plain.width, at[name])
-    if encoding.low_rank:
-        left, right = f"{name}_left", f"{name}_right"
-        rank = format.field(left).width
-        side = side._replace(rank=rank, left=at[left], right=at[right])
-    if encoding.outliers:
-        places, added = format.field(f"{name}_places"), f"{name}_outliers"
-        side = side._replace(
-            outliers=places.width,
-            places=at[places.name],
-            added=at[added],
-            wide_places=int(places.dtype == torch.int32),
-        )
-    return side
+    of = side_layout(format, name, encoding)
+    side = _Side(
+        rows=0,
+        dtype=NATIVE_DTYPES[of.floats],
+        dim=of.dim,
+        elements=of.elements,
+        scale=of.scale,
+        zero=of.zero,
+        kept=of.kept,
+        mask=of.mask,
+        rank=of.rank,
+        left=of.left,
+        right=of.right,
+        outliers=of.outliers,
+        places=of.places,
+        added=of.added,
+        wide_places=int(of.numbers == torch.int32),
+    )
+    if isinstance(of.rows, Quantized):
+        code = 1 if of.rows.along == "tokens" else 2
+        return side._replace(rows=code, bits=of.rows.bits, group=of.rows.group)
+    return side._replace(rows=3) if isinstance(of.rows, Pruned) else side

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tamis.attention.encoding import Encoding, Pruned, Quantized
+from tamis.attention.encoding import Encoding, Quantized
 from tamis.attention.gpu.tiles import MIN_DOT, dot, padded
+from tamis.attention.sides import side_layout
 from tamis.cache.format import UNIT, PageFormat
 
 PRECISION = tl.constexpr("tf32x3")
@@ -72,62 +73,45 @@ class Side:
 
 def side(format: PageFormat, name: str, encoding: Encoding) -> Side:
     """The keys (`name` "k") or values ("v") of pages of `format`."""
-    rows = encoding.rows
-
-    def at(field: str) -> int:
-        return format.offsets[field] // format.field(field).dtype.itemsize
-
-    def of(field: str) -> torch.dtype:
-        return format.field(field).dtype
-
-    known: dict[str, int | bool] = {}
-    if isinstance(rows, Quantized):
-        floats, by_channel = of(f"{name}_scale"), rows.along == "tokens"
-        dim = format.field(f"{name}_scale").width * (1 if by_channel else rows.group)
-        planes = 16 // rows.bits
-        words = -(-dim // planes)
+    of = side_layout(format, name, encoding)
+    size = of.floats.itemsize
+    words, columns = of.dim, padded(of.dim)
+    words_padded, elements = columns, of.elements // size
+    codes: dict[str, int | bool] = {}
+    if isinstance(of.rows, Quantized):
+        planes, by_channel, group = 16 // of.rows.bits, of.rows.along == "tokens", of.rows.group
+        words, elements = -(-of.dim // planes), of.elements // 2
         # At least so many that a tile's columns can meet in a matrix product.
         words_padded = max(_power(words), MIN_DOT // _power(planes))
         columns = words_padded * _power(planes)
-        elements = format.offsets[f"{name}_codes"] // 2
-        known = {
+        codes = {
             "codes": True,
-            "bits": rows.bits,
+            "bits": of.rows.bits,
             "by_channel": by_channel,
-            "group": rows.group,
-            "spread": not by_channel and columns == dim and rows.group == _power(rows.group),
-            "scale": at(f"{name}_scale"),
-            "zero": at(f"{name}_zero"),
+            "group": group,
+            "spread": not by_channel and columns == of.dim and group == _power(group),
         }
-    elif isinstance(rows, Pruned):
-        floats, dim = of(f"{name}_kept"), format.field(f"{name}_mask").width
-        words, columns, elements = dim, padded(dim), at(f"{name}_kept")
-        known = {"kept": format.field(f"{name}_kept").width, "mask": at(f"{name}_mask")}
-    else:
-        floats, dim = of(name), format.field(name).width
-        words, columns, elements = dim, padded(dim), at(name)
-    if not isinstance(rows, Quantized):
-        words_padded = columns
-    if encoding.low_rank:
-        left, right = f"{name}_left", f"{name}_right"
-        known |= {"rank": format.field(left).width, "left": at(left), "right": at(right)}
-    numbers = torch.int16
-    if encoding.outliers:
-        places = format.field(f"{name}_places")
-        numbers = places.dtype
-        known |= {"outliers": places.width, "places": at(places.name)}
-        known["added"] = at(f"{name}_outliers")
     return Side(
-        floats=floats,
-        numbers=numbers,
-        dim=dim,
+        floats=of.floats,
+        numbers=of.numbers,
+        dim=of.dim,
         columns=columns,
         words=words,
         words_padded=words_padded,
         elements=elements,
-        unit=UNIT // floats.itemsize,
-        numbers_unit=UNIT // numbers.itemsize,
-        **known,  # type: ignore[arg-type]
+        unit=UNIT // size,
+        numbers_unit=UNIT // of.numbers.itemsize,
+        scale=of.scale // size,
+        zero=of.zero // size,
+        kept=of.kept,
+        mask=of.mask,
+        rank=of.rank,
+        left=of.left // size,
+        right=of.right // size,
+        outliers=of.outliers,
+        places=of.places // of.numbers.itemsize,
+        added=of.added // size,
+        **codes,  # type: ignore[arg-type]
     )
 
 
