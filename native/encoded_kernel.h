@@ -21,6 +21,9 @@ class EncodedKernel {
   using I = Ints<Isa>;
   using Codes = typename I::Vec;
   static constexpr int kWidth = Isa::kWidth;
+  static constexpr int kMostQueries = kWidth == 16 ? 8 : 4;  // whose sums registers hold
+  // Sums under way, so that no product waits for the one before it.
+  static constexpr int kChains = kWidth == 16 ? 16 : 4;
   static constexpr float kNothing = -__builtin_inff();
   static constexpr float kMost = 32767.0f;
 
@@ -33,7 +36,8 @@ class EncodedKernel {
   Packing keys_, values_;  // rows 0 where codes are not multiplied as such
   const uint8_t* pages_[kBlock];
   int64_t n_pages_ = 0;  // of the block at work
-  int64_t ahead_ = 0, ahead_offset_ = 0;  // page and byte that are prefetched next
+  const int64_t lines_;  // of the cache, per page
+  int64_t ahead_ = 0, ahead_line_ = 0;  // page and line that are prefetched next
 
  public:
   EncodedKernel(const EncodedRange& range, float* scratch, const Partial& partial)
@@ -47,7 +51,8 @@ class EncodedKernel {
         v_words_(range.v.words()),
         v_planes_(range.v.planes()),
         keys_(packing_of_keys(range.k, range.page_size, I::kBytes)),
-        values_(packing_of_values(range.v, range.page_size, I::kBytes)) {
+        values_(packing_of_values(range.v, range.page_size, I::kBytes)),
+        lines_((range.page_bytes + 63) / 64) {
     carve(range, I::kBytes, scratch, &s_);
   }
 
@@ -55,13 +60,13 @@ class EncodedKernel {
     prepare();
     const int64_t step = block_pages(r_.page_size);
     ahead_ = r_.begin;
-    prefetch(step * lines());
+    prefetch(step * lines_);
     for (int64_t begin = r_.begin; begin < r_.end; begin += step) {
       n_pages_ = r_.end - begin < step ? r_.end - begin : step;
       for (int64_t i = 0; i < n_pages_; ++i) pages_[i] = page(begin + i);
       for (int64_t i = 0; i < n_pages_; ++i) {
         score_page(pages_[i], i * r_.page_size);
-        if (keys_.rows == 0) prefetch(lines() / 2);
+        if (keys_.rows == 0) prefetch(lines_ / 2);
       }
       for (int64_t g = 0; g < r_.group; ++g) {
         s_.rescale[g] = soften<Isa>(scores(g), n_pages_ * r_.page_size, r_.scale, r_.softcap,
@@ -80,25 +85,22 @@ class EncodedKernel {
 
   const uint8_t* page(int64_t entry) const { return r_.data + r_.table[entry] * kUnit; }
 
-  // Cache lines of a page.
-  int64_t lines() const { return (r_.page_bytes + 63) / 64; }
-
   // Bring the next `count` lines of the range into the second-level cache. A few at a time, because
   // what is read meanwhile must not wait behind them.
   void prefetch(int64_t count) {
-    while (count-- > 0 && ahead_ < r_.end) {
-      __builtin_prefetch(page(ahead_) + ahead_offset_, 0, 2);
-      ahead_offset_ += 64;
-      if (ahead_offset_ >= r_.page_bytes) {
-        ahead_offset_ = 0;
-        ++ahead_;
-      }
+    while (count > 0 && ahead_ < r_.end) {
+      const int64_t left = lines_ - ahead_line_, n = count < left ? count : left;
+      const uint8_t* const at = page(ahead_) + ahead_line_ * 64;
+      for (int64_t i = 0; i < n; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+      count -= n;
+      ahead_line_ += n;
+      if (ahead_line_ == lines_) ++ahead_, ahead_line_ = 0;
     }
   }
 
   // The same for all lines before the page `end`.
   void prefetch_until(int64_t end) {
-    while (ahead_ < end && ahead_ < r_.end) prefetch(1);
+    while (ahead_ < end && ahead_ < r_.end) prefetch(lines_ - ahead_line_);
   }
 
   template <class P>
@@ -128,16 +130,14 @@ class EncodedKernel {
     static constexpr int value = N;
   };
 
-  // Call f(Number<N>, first query) for all queries of the group, N of them at a time.
-  template <class F>
-  void by_queries(F f) const {
-    int64_t g = 0;
-    for (; g + 4 <= r_.group; g += 4) f(Number<4>{}, g);
-    for (; g + 2 <= r_.group; g += 2) f(Number<2>{}, g);
-    for (; g < r_.group; ++g) f(Number<1>{}, g);
+  // Call f(Number<N>, first query) for all queries of the group, at most `Most` of them at a time.
+  template <int Most = 4, class F>
+  void by_queries(F f, int64_t g = 0) const {
+    for (; g + Most <= r_.group; g += Most) f(Number<Most>{}, g);
+    if constexpr (Most > 1) by_queries<Most / 2>(f, g);
   }
 
-  // Call f(Number<R>) for R rows per vector.
+  // Call f(Number<R>) for R rows per vector, a power of two.
   template <int R = kWidth, class F>
   static void by_rows(int64_t rows, F f) {
     if constexpr (R > 1) {
@@ -163,8 +163,7 @@ class EncodedKernel {
     }
     if (values_.rows > 0) {
       for (int64_t i = 0; i < r_.group * s_.plane_stride; ++i) s_.plane_sums[i] = 0.0f;
-      for (int64_t i = 0; i < r_.group * kWidth; ++i) s_.zeros[i] = 0.0f;
-      index_pairs();
+      for (int64_t i = 0; i < r_.group * values_.groups * kWidth; ++i) s_.zeros[i] = 0.0f;
     }
     s_.mask_of = nullptr;
   }
@@ -243,7 +242,9 @@ class EncodedKernel {
     });
   }
 
-  // Products with codes, group of tokens by group of tokens: scale and zero-point per channel.
+  // Products with codes, group of tokens by group of tokens: scale and zero-point per channel. The
+  // words of two vectors of tokens are turned so that lanes are tokens, once for all queries:
+  // adding up the lanes of each product would cost more than the product.
   void score_codes(const uint8_t* page, int64_t t0) {
     for (int64_t first = 0; first < r_.page_size; first += k_.group) {
       const int64_t at = first / k_.group * k_.dim;
@@ -252,102 +253,176 @@ class EncodedKernel {
         scale_queries(scale + at, reinterpret_cast<const T*>(page + k_.zero) + at);
       });
       const uint8_t* const codes = page + k_.elements + first * k_words_ * 2;
-      by_rows(keys_.rows, [&](auto rows) {
-        by_queries([&](auto number, int64_t g) {
-          multiply_codes<decltype(rows)::value, decltype(number)::value>(codes, t0 + first, g);
+      for (int64_t t = 0; t < k_.group; t += 2 * kWidth) {
+        by_rows(keys_.rows, [&](auto rows) { turn_codes<decltype(rows)::value>(codes, t); });
+        prefetch(2 * kWidth * k_words_ * 2 / 64 + 1);
+        by_queries<kMostQueries>([&](auto number, int64_t g) {
+          constexpr int N = decltype(number)::value;
+          if (k_.group - t > kWidth) {
+            multiply_codes<N, 2>(t0 + first + t, g);
+          } else {
+            multiply_codes<N, 1>(t0 + first + t, g);
+          }
         });
-      });
+      }
     }
   }
 
   // q16 = 16-bit integers of q scale / step, base = q . zero.
   template <class T>
   void scale_queries(const T* scale, const T* zero) {
-    const int64_t dim = k_.dim, whole = dim / kWidth * kWidth;
-    float *const scales = s_.rows, *const zeros = scales + padded(dim);
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      Isa::store(scales + d, Isa::load(scale + d));
-      Isa::store(zeros + d, Isa::load(zero + d));
-    }
-    if (whole < dim) {
-      Isa::store(scales + whole, Isa::load(scale + whole, dim - whole));
-      Isa::store(zeros + whole, Isa::load(zero + whole, dim - whole));
-    }
-    const Vec nothing = Isa::set(0.0f);
-    for (int64_t g = 0, group = r_.group; g < group; ++g) {
+    by_queries([&](auto number, int64_t g) {
+      constexpr int N = decltype(number)::value;
+      const int64_t dim = k_.dim, whole = dim / kWidth * kWidth, pad = padded(dim);
       const float* const q = query(g);
-      Vec top = nothing, base = nothing;
-#pragma GCC unroll 4
-      for (int64_t d = 0; d < dim; d += kWidth) {
-        const Vec scaled = Isa::load(q + d) * Isa::load(scales + d);
-        top = Isa::max(top, Isa::max(scaled, nothing - scaled));
-        base = Isa::fma(Isa::load(q + d), Isa::load(zeros + d), base);
+      float* const scaled = s_.rows;
+      Vec tops[N], bases[N];
+      for (int i = 0; i < N; ++i) tops[i] = bases[i] = Isa::set(0.0f);
+      const auto multiply = [&](int64_t d, Vec scales, Vec zeros) {
+        for (int i = 0; i < N; ++i) {
+          const Vec channels = Isa::load(q + i * pad + d), product = channels * scales;
+          Isa::store(scaled + i * pad + d, product);
+          tops[i] = Isa::max(tops[i], I::magnitude(product));
+          bases[i] = Isa::fma(channels, zeros, bases[i]);
+        }
+      };
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        multiply(d, Isa::load(scale + d), Isa::load(zero + d));
       }
-      const float most = Isa::max_lane(top);
-      const Vec share = Isa::set(most > 1e-30f ? kMost / most : 0.0f);
-      s_.step[g] = most / kMost;
-      s_.base[g] = Isa::sum_lanes(base);
-      int16_t* const to = s_.q16 + g * s_.q16_stride;
-#pragma GCC unroll 4
-      for (int64_t d = 0; d < dim; d += kWidth) {
-        I::store16(to + d, Isa::load(q + d) * Isa::load(scales + d) * share);
+      if (const int64_t left = dim - whole; left > 0) {
+        multiply(whole, Isa::load(scale + whole, left), Isa::load(zero + whole, left));
+      }
+      Isa::store(s_.base + g, reduced<kWidth, N>(bases, [](Vec a, Vec b) { return a + b; }));
+      choose_steps<N>(tops, g);
+      for (int i = 0; i < N; ++i) {
+        round16(scaled + i * pad, dim, s_.share[g + i], s_.q16 + (g + i) * s_.q16_stride);
+      }
+    });
+  }
+
+  // step and share of N queries from `g`, whose largest numbers are the largest lanes of `tops`:
+  // numbers times share are 16-bit integers, of which 1 stands for step. Writes whole vectors.
+  template <int N>
+  void choose_steps(Vec* tops, int64_t g) const {
+    const Vec most = reduced<kWidth, N>(tops, [](Vec a, Vec b) { return Isa::max(a, b); });
+    Isa::store(s_.step + g, most * Isa::set(1.0f / kMost));
+    Isa::store(s_.share + g, Isa::zero_below(Isa::set(kMost) / most, most, 1e-30f));
+  }
+
+  // `count` numbers times `share` as 16-bit integers; reads and writes two whole vectors at a time.
+  static void round16(const float* numbers, int64_t count, float share, int16_t* to) {
+    const Vec shares = Isa::set(share);
+    for (int64_t i = 0; i < count; i += 2 * kWidth) {
+      I::store16(to + i, Isa::load(numbers + i), Isa::load(numbers + i + kWidth), shares);
+    }
+  }
+
+  // Lane i is the sum, or what else `f` makes of two, of the lanes of v[i].
+  template <int Lanes, int N, class F>
+  static Vec reduced(Vec* v, F f) {
+    if constexpr (Lanes > 1) {
+      constexpr int kHalf = (N + 1) / 2;
+      for (int i = 0; i < kHalf; ++i) {
+        const Codes a = I::bits(v[2 * i]), b = I::bits(v[2 * i + 1 < N ? 2 * i + 1 : 2 * i]);
+        v[i] = f(I::from_bits(I::even(a, b)), I::from_bits(I::odd(a, b)));
+      }
+      return reduced<Lanes / 2, kHalf>(v, f);
+    }
+    return v[0];
+  }
+
+  // s_.columns = the words of a group's tokens from `t` on, two channels times a vector of tokens
+  // each, of one or two vectors of tokens; to whole vectors the last tokens are repeated.
+  template <int R>
+  void turn_codes(const uint8_t* codes, int64_t t) {
+    constexpr int kColumns = kWidth / R;
+    const int64_t row_bytes = k_words_ * 2;
+    const int64_t sets = k_.group - t > kWidth ? 2 : 1;
+    for (int64_t set = 0; set < sets; ++set) {
+      for (int64_t v = 0; v < keys_.vectors; ++v) {
+        Codes words[kColumns];
+        for (int i = 0; i < kColumns; ++i) {
+          const int64_t row = t + set * kWidth + i * R;
+          const int64_t last = k_.group - R;
+          words[i] = load_words<R>(codes + (row < last ? row : last) * row_bytes, row_bytes, v);
+        }
+        turn<kColumns>(words);
+        uint8_t* const to = s_.columns + (v * kWidth * sets + set) * I::kBytes;
+        for (int i = 0; i < kColumns; ++i) I::store(to + i * sets * I::kBytes, words[i]);
       }
     }
   }
 
-  // Products of N queries from `g` with the codes of one group of tokens, R rows per vector.
-  template <int R, int N>
-  void multiply_codes(const uint8_t* codes, int64_t t, int64_t g) {
-    constexpr int kStrips = 4;
-    const int64_t words_per_row = k_words_, row_bytes = words_per_row * 2;
-    const int64_t strips = k_.group / R, vectors = keys_.vectors, q_stride = s_.q16_stride;
-    const int bits = static_cast<int>(k_.bits), planes = static_cast<int>(k_planes_);
-    const Codes mask = I::set16(static_cast<int16_t>((1 << bits) - 1));
-    const int16_t* const q16 = s_.q16 + g * q_stride;
-    for (int64_t strip = 0; strip < strips; strip += kStrips) {
-      prefetch(kStrips * R * row_bytes / 64 + 1);
-      Codes products[N][kStrips];
-      for (int i = 0; i < N; ++i) {
-        for (int j = 0; j < kStrips; ++j) products[i][j] = I::zero();
+  // A vector's width of rows of `Columns` 32-bit numbers, one after the other, become columns.
+  template <int Columns>
+  static void turn(Codes* v) {
+    if constexpr (Columns > 1) {
+      constexpr int kHalf = Columns / 2;
+      Codes even[kHalf], odd[kHalf];
+      for (int i = 0; i < kHalf; ++i) {
+        even[i] = I::even(v[2 * i], v[2 * i + 1]);
+        odd[i] = I::odd(v[2 * i], v[2 * i + 1]);
       }
-      for (int64_t v = 0; v < vectors; ++v) {
-        Codes words[kStrips];
-        for (int j = 0; j < kStrips; ++j) {
-          const int64_t row = (strip + j < strips ? strip + j : strips - 1) * R;
-          words[j] = load_words<R>(codes + row * row_bytes, row_bytes, v);
+      turn<kHalf>(even);
+      turn<kHalf>(odd);
+      for (int i = 0; i < kHalf; ++i) v[2 * i] = even[i], v[2 * i + 1] = odd[i];
+    }
+  }
+
+  // Products of N queries from `g` with the T vectors of tokens of s_.columns.
+  template <int N, int T>
+  void multiply_codes(int64_t t, int64_t g) {
+    constexpr int kColumns = kChains > N * T ? kChains / (N * T) : 1;
+    const int64_t pairs = (k_words_ + 1) / 2, whole = pairs / kColumns * kColumns;
+    Codes products[kColumns][N][T];
+    for (int c = 0; c < kColumns; ++c) {
+      for (int i = 0; i < N; ++i) {
+        for (int j = 0; j < T; ++j) products[c][i][j] = I::zero();
+      }
+    }
+    int64_t pair = 0;
+    for (; pair < whole; pair += kColumns) multiply_columns<kColumns, N, T>(pair, g, products);
+    for (; pair < pairs; ++pair) multiply_columns<1, N, T>(pair, g, products);
+    for (int i = 0; i < N; ++i) {
+      const Vec step = Isa::set(s_.step[g + i]), base = Isa::set(s_.base[g + i]);
+      for (int j = 0; j < T; ++j) {
+        Codes sum = products[0][i][j];
+        for (int c = 1; c < kColumns; ++c) sum = I::add(sum, products[c][i][j]);
+        // What lies beyond the group is overwritten by the next one, or padding.
+        Isa::store(scores(g + i) + t + j * kWidth, Isa::fma(I::to_float(sum), step, base));
+      }
+    }
+  }
+
+  // Add the products with `Columns` columns from `pair` on, to sums of their own, for a product
+  // must not wait for the one before it.
+  template <int Columns, int N, int T>
+  void multiply_columns(int64_t pair, int64_t g, Codes (*products)[N][T]) const {
+    const int64_t planes = k_planes_, words_per_row = k_words_, q_stride = s_.q16_stride;
+    const int bits = static_cast<int>(k_.bits);
+    const Codes mask = I::set16(static_cast<int16_t>((1 << bits) - 1));
+    const typename I::Shift shift = I::shift(bits);
+    const int16_t* q = s_.q16 + g * q_stride + 2 * pair;
+    Codes words[Columns][T];
+    for (int c = 0; c < Columns; ++c) {
+      for (int j = 0; j < T; ++j) {
+        words[c][j] = I::load(s_.columns + ((pair + c) * T + j) * I::kBytes);
+      }
+    }
+    for (int64_t p = 0; p < planes; ++p, q += words_per_row) {
+      for (int c = 0; c < Columns; ++c) {
+        Codes plane[T];
+        for (int j = 0; j < T; ++j) {
+          plane[j] = I::both(words[c][j], mask);
+          words[c][j] = I::shifted(words[c][j], shift);
         }
-        for (int p = 0; p < planes; ++p) {
-          Codes plane[kStrips];
-          for (int j = 0; j < kStrips; ++j) plane[j] = I::plane(words[j], p * bits, mask);
-          for (int i = 0; i < N; ++i) {
-            const Codes q = I::template repeat<R>(q16 + i * q_stride + p * words_per_row +
-                                                  v * (I::kBytes / 2));
-            for (int j = 0; j < kStrips; ++j) products[i][j] = I::dot(products[i][j], q, plane[j]);
+        for (int i = 0; i < N; ++i) {
+          const Codes channels = I::template repeat<kWidth>(q + i * q_stride + 2 * c);
+          for (int j = 0; j < T; ++j) {
+            products[c][i][j] = I::dot(products[c][i][j], channels, plane[j]);
           }
         }
       }
-      for (int i = 0; i < N; ++i) {
-        const Vec step = Isa::set(s_.step[g + i]), base = Isa::set(s_.base[g + i]);
-        float* to = scores(g + i) + t + strip * R;
-        add_lanes<kWidth / R, kStrips>(products[i]);
-        constexpr int kLeft = kStrips * R / kWidth > 0 ? kStrips * R / kWidth : 1;
-        // What lies beyond the group is overwritten by the next one, or padding.
-        for (int j = 0; j < kLeft; ++j) {
-          Isa::store(to + j * kWidth, Isa::fma(I::to_float(products[i][j]), step, base));
-        }
-      }
-    }
-  }
-
-  // Add the `Lanes` lanes of each row of `Count` vectors, until there is one lane left.
-  template <int Lanes, int Count>
-  static void add_lanes(Codes* v) {
-    if constexpr (Lanes > 1) {
-      constexpr int kHalf = (Count + 1) / 2;
-      for (int j = 0; j < kHalf; ++j) {
-        v[j] = I::adjacent(v[2 * j], v[2 * j + 1 < Count ? 2 * j + 1 : 2 * j]);
-      }
-      add_lanes<Lanes / 2, kHalf>(v);
     }
   }
 
@@ -541,142 +616,213 @@ class EncodedKernel {
   }
 
   // Products of the block's weights with codes: the scale and zero-point are per token and group
-  // of channels. Words of tokens R apart are interleaved, so that a product of pairs sums over
+  // of channels. Words of two tokens or more lie side by side, so that a product of pairs sums over
   // tokens; lanes run along words, so sums stay in the order of words until `unpack_sums`.
   void add_codes() {
-    interleave();
-    for (int64_t g = 0; g < r_.group; ++g) weigh(g);
-    by_queries([&](auto number, int64_t g) { multiply_values<decltype(number)::value>(g); });
+    by_rows(values_.rows, [&](auto rows) { join_tokens<decltype(rows)::value>(); });
+    turn_scales();
+    by_queries<2>([&](auto number, int64_t g) { weigh<decltype(number)::value>(g); });
+    by_rows(values_.rows, [&](auto rows) {
+      by_queries<kMostQueries>([&](auto number, int64_t g) {
+        multiply_values<decltype(rows)::value, decltype(number)::value>(g);
+      });
+    });
   }
 
-  // Where lane 2 i and 2 i + 1 of a vector of weights come from, per group of channels: the two
-  // tokens of a pair of words.
-  void index_pairs() {
-    const int64_t rows = values_.rows, groups = values_.groups, lanes = kWidth / rows;
-    for (int64_t group = 0; group < groups; ++group) {
-      int16_t* const index = s_.index + group * 2 * kWidth;
-      for (int64_t i = 0; i < kWidth; ++i) {
-        index[2 * i] = static_cast<int16_t>(i / lanes * groups + group);
-        index[2 * i + 1] = static_cast<int16_t>((rows + i / lanes) * groups + group);
-      }
-    }
-  }
+  // Tokens whose words lie side by side, for R rows per vector, and the vectors that hold them.
+  template <int R>
+  static constexpr int kJoined = R > 1 ? R : 2;
+  template <int R>
+  static constexpr int kHalves = R > 1 ? 1 : 2;
 
-  void interleave() {
-    by_rows(values_.rows, [&](auto number) {
-      constexpr int R = decltype(number)::value;
-      const int64_t row_bytes = v_words_ * 2, vectors = values_.vectors, size = r_.page_size;
-      uint8_t* to = s_.pairs;
-      for (int64_t i = 0; i < n_pages_; ++i) {
-        const uint8_t* const codes = pages_[i] + v_.elements;
-        for (int64_t t = 0; t < size; t += 2 * R) {
+  // s_.joined = the block's words.
+  template <int R>
+  void join_tokens() {
+    const int64_t row_bytes = v_words_ * 2, vectors = values_.vectors;
+    uint8_t* to = s_.joined;
+    for (int64_t i = 0; i < n_pages_; ++i) {
+      const uint8_t* const codes = pages_[i] + v_.elements;
+      for (int64_t t = 0; t < r_.page_size; t += kJoined<R>) {
+        const uint8_t* const row = codes + t * row_bytes;
+        if constexpr (R > 1) {
+          I::store(to, I::template join<R>(I::load(row)));
+          to += I::kBytes;
+        } else {
           for (int64_t v = 0; v < vectors; ++v) {
-            const Codes a = load_words<R>(codes + t * row_bytes, row_bytes, v);
-            const Codes b = load_words<R>(codes + (t + R) * row_bytes, row_bytes, v);
+            const Codes a = load_words<1>(row, row_bytes, v);
+            const Codes b = load_words<1>(row + row_bytes, row_bytes, v);
             I::store(to, I::low_pairs(a, b));
             I::store(to + I::kBytes, I::high_pairs(a, b));
             to += 2 * I::kBytes;
           }
         }
       }
-    });
+    }
   }
 
-  // The vectors of 16-bit weights times scales of query `g`, and the zero-points' part of its sums.
-  void weigh(int64_t g) {
-    const int64_t groups = values_.groups, size = r_.page_size, tokens = n_pages_ * size;
-    const int shift = static_cast<int>(__builtin_ctzll(groups));
-    float* const weighted = s_.weighted;
-    int16_t* const w16 = s_.w16;
-    const Vec nothing = Isa::set(0.0f);
-    Vec top = nothing;
-    Vec zeros = Isa::load(s_.zeros + g * kWidth) * Isa::set(s_.rescale[g]);
+  // s_.v_scale, s_.v_zero = those of the block, [groups, tokens]; zero to whole vectors.
+  void turn_scales() {
+    const int64_t size = r_.page_size, tokens = n_pages_ * size, groups = values_.groups;
+    const bool whole = size % kWidth == 0 && kWidth % groups == 0;
     for (int64_t i = 0; i < n_pages_; ++i) {
       typed(v_.dtype, pages_[i], v_.scale, [&](const auto* scale) {
         const auto* const zero = reinterpret_cast<decltype(scale)>(pages_[i] + v_.zero);
-        const float* const weights = scores(g) + i * size;
-        float* const to = weighted + i * size * groups;
-        const int64_t count = size * groups;
-#pragma GCC unroll 4
-        for (int64_t at = 0; at < count; at += kWidth) {
-          const Vec weight = I::spread(weights + (at >> shift), shift);
-          const Vec scaled = weight * Isa::load(scale + at);
-          zeros = Isa::fma(weight, Isa::load(zero + at), zeros);
-          top = Isa::max(top, Isa::max(scaled, nothing - scaled));
-          Isa::store(to + at, scaled);
+        if (whole) {
+          by_rows(groups, [&](auto number) {
+            turn_numbers<decltype(number)::value>(scale, s_.v_scale + i * size);
+            turn_numbers<decltype(number)::value>(zero, s_.v_zero + i * size);
+          });
+          return;
+        }
+        for (int64_t group = 0; group < groups; ++group) {
+          float* const to = s_.v_scale + group * s_.token_stride + i * size;
+          float* const zero_to = s_.v_zero + group * s_.token_stride + i * size;
+          for (int64_t t = 0; t < size; ++t) {
+            to[t] = to_float(scale[t * groups + group]);
+            zero_to[t] = to_float(zero[t * groups + group]);
+          }
         }
       });
     }
-    Isa::store(s_.zeros + g * kWidth, zeros);
-    const float most = Isa::max_lane(top);
-    const Vec share = Isa::set(most > 1e-30f ? kMost / most : 0.0f);
-    s_.step[g] = most / kMost;
-#pragma GCC unroll 4
-    for (int64_t at = 0, count = tokens * groups; at < count; at += kWidth) {
-      I::store16(w16 + at, Isa::load(weighted + at) * share);
-    }
-    const int64_t pair_tokens = 2 * values_.rows, pairs = tokens / pair_tokens;
-    const int64_t stride = r_.group * I::kBytes;
     for (int64_t group = 0; group < groups; ++group) {
-      uint8_t* to = weights_of(group, pairs) + g * I::kBytes;
-      const int16_t* const index = s_.index + group * 2 * kWidth;
-#pragma GCC unroll 4
-      for (int64_t p = 0; p < pairs; ++p, to += stride) {
-        I::store(to, I::pick(w16 + p * pair_tokens * groups, index));
+      for (int64_t t = tokens; t % kWidth != 0; ++t) {
+        s_.v_scale[group * s_.token_stride + t] = s_.v_zero[group * s_.token_stride + t] = 0.0f;
       }
     }
   }
 
-  // The vectors of weights [pairs, queries] of a group of channels.
-  uint8_t* weights_of(int64_t group, int64_t pairs) const {
-    return s_.pair_weights + group * pairs * r_.group * I::kBytes;
+  // Numbers of a page, [tokens, Groups], as floats, [Groups, token_stride].
+  template <int Groups, class T>
+  void turn_numbers(const T* from, float* to) const {
+    for (int64_t t = 0; t < r_.page_size; t += kWidth, from += Groups * kWidth) {
+      Codes numbers[Groups];
+      for (int i = 0; i < Groups; ++i) numbers[i] = I::bits(Isa::load(from + i * kWidth));
+      turn<Groups>(numbers);
+      for (int i = 0; i < Groups; ++i) I::store(to + i * s_.token_stride + t, numbers[i]);
+    }
   }
 
-  // Add the products of N queries from `g` with the block's interleaved words.
+  // w16 = 16-bit integers of the weights of N queries from `g` times scales / step, [groups,
+  // tokens], and the zero-points' part of their sums.
   template <int N>
+  void weigh(int64_t g) {
+    const int64_t groups = values_.groups, stride = s_.token_stride;
+    const int64_t tokens = n_pages_ * r_.page_size;
+    const float* const weights = scores(g);  // zero to a whole number of vectors
+    Vec tops[N];
+    for (int i = 0; i < N; ++i) tops[i] = Isa::set(0.0f);
+    for (int64_t group = 0; group < groups; ++group) {
+      const float* const scales = s_.v_scale + group * stride;
+      const float* const zeros = s_.v_zero + group * stride;
+      float* const scaled = s_.weighted + group * stride;
+      Vec sums[N];
+      for (int i = 0; i < N; ++i) {
+        sums[i] = Isa::load(zeros_of(g + i, group)) * Isa::set(s_.rescale[g + i]);
+      }
+      for (int64_t t = 0; t < tokens; t += kWidth) {
+        const Vec scale = Isa::load(scales + t), zero = Isa::load(zeros + t);
+        for (int i = 0; i < N; ++i) {
+          const Vec weight = Isa::load(weights + i * s_.score_stride + t), product = weight * scale;
+          Isa::store(scaled + i * groups * stride + t, product);
+          tops[i] = Isa::max(tops[i], I::magnitude(product));
+          sums[i] = Isa::fma(weight, zero, sums[i]);
+        }
+      }
+      for (int i = 0; i < N; ++i) Isa::store(zeros_of(g + i, group), sums[i]);
+    }
+    choose_steps<N>(tops, g);
+    for (int64_t row = 0; row < N * groups; ++row) {
+      // What lies between the tokens and a whole number of vectors is not read.
+      round16(s_.weighted + row * stride, tokens, s_.share[g + row / groups],
+              s_.w16 + (g * groups + row) * stride);
+    }
+  }
+
+  // A vector whose lanes add up to the zero-points' part of a query's sums in a group of channels.
+  float* zeros_of(int64_t g, int64_t group) const {
+    return s_.zeros + (g * values_.groups + group) * kWidth;
+  }
+
+  // Add the products of N queries from `g` with the block's words, R rows per vector.
+  template <int R, int N>
   void multiply_values(int64_t g) {
-    const int bits = static_cast<int>(v_.bits);
-    const Codes mask = I::set16(static_cast<int16_t>((1 << bits) - 1));
-    const int64_t pairs = n_pages_ * r_.page_size / (2 * values_.rows);
-    const int64_t pair_bytes = values_.vectors * 2 * I::kBytes;
-    const int64_t weight_bytes = r_.group * I::kBytes;
+    const int64_t planes = v_planes_;
     const int64_t lines_per_plane =
-        n_pages_ * lines() / (2 * values_.vectors * v_planes_) + 1;  // half of a block's
+        n_pages_ * lines_ / (2 * values_.vectors * planes) + 1;  // half of a block's
     int64_t group = 0, first = 0;  // of channels, and its first: found without dividing
     for (int64_t v = 0; v < values_.vectors; ++v) {
-      for (int64_t p = 0; p < v_planes_; ++p) {
+      for (int64_t p = 0; p < planes;) {
         const int64_t channel = p * v_words_ + v * (I::kBytes / 2);
-        if (channel >= v_.dim) continue;
+        if (channel >= v_.dim) break;
         while (channel < first || channel >= first + v_.group) {
           group = channel < first ? 0 : group + 1;
           first = group * v_.group;
         }
-        const uint8_t* words = s_.pairs + v * 2 * I::kBytes;
-        const uint8_t* weights = weights_of(group, pairs) + g * I::kBytes;
+        const int64_t next = channel + v_words_;
         prefetch(lines_per_plane);
-        Codes products[2][N];
-        for (int i = 0; i < N; ++i) products[0][i] = products[1][i] = I::zero();
-#pragma GCC unroll 2
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-          const int shift = static_cast<int>(p) * bits;
-          const Codes low = I::plane(I::load(words), shift, mask);
-          const Codes high = I::plane(I::load(words + I::kBytes), shift, mask);
-          for (int i = 0; i < N; ++i) {
-            const Codes weight = I::load(weights + i * I::kBytes);
-            products[0][i] = I::dot(products[0][i], weight, low);
-            products[1][i] = I::dot(products[1][i], weight, high);
-          }
-          words += pair_bytes;
-          weights += weight_bytes;
+        if (p + 1 < planes && next < v_.dim && next < first + v_.group) {
+          prefetch(lines_per_plane);
+          multiply_planes<R, N, 2>(g, v, p, group);
+          p += 2;
+        } else {
+          multiply_planes<R, N, 1>(g, v, p, group);
+          p += 1;
         }
-        for (int i = 0; i < N; ++i) {
-          float* to = s_.plane_sums + (g + i) * s_.plane_stride +
-                      (v * v_planes_ + p) * 2 * kWidth;
-          const Vec rescale = Isa::set(s_.rescale[g + i]), step = Isa::set(s_.step[g + i]);
-          for (int half = 0; half < 2; ++half, to += kWidth) {
-            Isa::store(to, Isa::fma(I::to_float(products[half][i]), step,
-                                    Isa::load(to) * rescale));
-          }
+      }
+    }
+  }
+
+  // The same for P planes from `p` on, in vector `v` of the words of a row, whose channels belong
+  // to one group.
+  template <int R, int N, int P>
+  void multiply_planes(int64_t g, int64_t v, int64_t p, int64_t group) {
+    constexpr int kHere = kHalves<R>;
+    constexpr int kAtOnce = kChains > P * kHere * N ? kChains / (P * kHere * N) : 1;
+    const int64_t units = n_pages_ * r_.page_size / kJoined<R>, whole = units / kAtOnce * kAtOnce;
+    Codes products[kAtOnce][P][kHere][N];
+    for (int u = 0; u < kAtOnce; ++u) {
+      for (int j = 0; j < P; ++j) {
+        for (int h = 0; h < kHere; ++h) {
+          for (int i = 0; i < N; ++i) products[u][j][h][i] = I::zero();
+        }
+      }
+    }
+    const int bits = static_cast<int>(v_.bits);
+    const Codes mask = I::set16(static_cast<int16_t>((1 << bits) - 1));
+    typename I::Shift shifts[P];
+    for (int j = 0; j < P; ++j) shifts[j] = I::shift(static_cast<int>(p + j) * bits);
+    const int64_t unit_bytes = values_.vectors * kHere * I::kBytes;
+    const int64_t w_stride = values_.groups * s_.token_stride;
+    const uint8_t* words = s_.joined + v * kHere * I::kBytes;
+    const int16_t* weights = s_.w16 + g * w_stride + group * s_.token_stride;
+    const auto multiply = [&](Codes(*to)[kHere][N]) {
+      Codes plane[P][kHere];
+      for (int h = 0; h < kHere; ++h) {
+        const Codes word = I::load(words + h * I::kBytes);
+        for (int j = 0; j < P; ++j) plane[j][h] = I::both(I::shifted(word, shifts[j]), mask);
+      }
+      for (int i = 0; i < N; ++i) {
+        const Codes weight = I::template repeat<2 * kWidth / kJoined<R>>(weights + i * w_stride);
+        for (int j = 0; j < P; ++j) {
+          for (int h = 0; h < kHere; ++h) to[j][h][i] = I::dot(to[j][h][i], weight, plane[j][h]);
+        }
+      }
+      words += unit_bytes;
+      weights += kJoined<R>;
+    };
+    int64_t unit = 0;
+    for (; unit < whole; unit += kAtOnce) {
+      for (int u = 0; u < kAtOnce; ++u) multiply(products[u]);
+    }
+    for (; unit < units; ++unit) multiply(products[0]);
+    for (int i = 0; i < N; ++i) {
+      const Vec rescale = Isa::set(s_.rescale[g + i]), step = Isa::set(s_.step[g + i]);
+      float* to = s_.plane_sums + (g + i) * s_.plane_stride + (v * v_planes_ + p) * kHere * kWidth;
+      for (int j = 0; j < P; ++j) {
+        for (int h = 0; h < kHere; ++h, to += kWidth) {
+          Codes sum = products[0][j][h][i];
+          for (int u = 1; u < kAtOnce; ++u) sum = I::add(sum, products[u][j][h][i]);
+          Isa::store(to, Isa::fma(I::to_float(sum), step, Isa::load(to) * rescale));
         }
       }
     }
@@ -686,30 +832,24 @@ class EncodedKernel {
   void unpack_sums() {
     by_rows(values_.rows, [&](auto number) {
       constexpr int R = decltype(number)::value;
-      constexpr int kLanes = kWidth / R;
-      const int64_t words = v_words_, planes = v_planes_, dim = v_.dim;
+      constexpr int kHere = kHalves<R>, kLanes = kJoined<R> / 2;  // lanes per word
+      const int64_t words = v_words_, planes = v_planes_, dim = v_.dim, groups = values_.groups;
       for (int64_t g = 0; g < r_.group; ++g) {
         float* const to = sums(g);
         const float* from = s_.plane_sums + g * s_.plane_stride;
         for (int64_t v = 0; v < values_.vectors; ++v) {
-          for (int64_t p = 0; p < planes; ++p, from += 2 * kWidth) {
-            float channels[2 * kLanes] = {};  // of the words of one row
-            for (int row = 0; row < R; ++row) {
-              for (int i = 0; i < kLanes; ++i) {
-                channels[2 * i] += from[row * kLanes + i];
-                channels[2 * i + 1] += from[kWidth + row * kLanes + i];
-              }
-            }
-            const int64_t word = v * (I::kBytes / 2), first = p * words + word;
-            for (int i = 0; i < 2 * kLanes && word + i < words && first + i < dim; ++i) {
-              to[first + i] += channels[i];
+          const int64_t here = v * (I::kBytes / 2);
+          for (int64_t p = 0; p < planes; ++p, from += kHere * kWidth) {
+            for (int64_t word = here; word < words && word < here + I::kBytes / 2; ++word) {
+              const int64_t i = word - here, channel = p * words + word;
+              if (channel >= dim) break;
+              const float* const lanes = from + i % kHere * kWidth + i / kHere * kLanes;
+              for (int lane = 0; lane < kLanes; ++lane) to[channel] += lanes[lane];
             }
           }
         }
-        const float* const zeros = s_.zeros + g * kWidth;
-        for (int64_t group = 0; group < values_.groups; ++group) {
-          float zero = 0.0f;
-          for (int64_t i = group; i < kWidth; i += values_.groups) zero += zeros[i];
+        for (int64_t group = 0; group < groups; ++group) {
+          const float zero = Isa::sum_lanes(Isa::load(zeros_of(g, group)));
           for (int64_t d = group * v_.group; d < (group + 1) * v_.group; ++d) to[d] += zero;
         }
       }

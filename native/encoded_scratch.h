@@ -53,15 +53,12 @@ struct Packing {
 [[maybe_unused]] inline Packing packing_of_values(const Side& side, int64_t page_size,
                                                   int64_t bytes) {
   if (side.rows != Rows::by_token || page_size % 2 != 0) return {};
-  const int64_t width = bytes / 4, words = side.words();
-  Packing packing = packing_of(side, page_size / 2, bytes);
+  const int64_t words = side.words();
+  Packing packing = packing_of(side, page_size, bytes);
   packing.groups = side.dim / side.group;
-  const bool power = (packing.groups & (packing.groups - 1)) == 0;
-  if (!power || packing.rows * packing.groups > width ||
-      page_size * packing.groups % width != 0 ||
-      !sums_fit(block_tokens(page_size) / packing.rows, side.bits)) {
-    return {};
-  }
+  // A lane adds up the products of two tokens of each vector.
+  const int64_t joined = packing.rows > 1 ? packing.rows : 2;
+  if (!sums_fit(block_tokens(page_size) / joined * 2, side.bits)) return {};
   // The channels of a vector of one plane must share their groups.
   for (int64_t p = 0; p < side.planes(); ++p) {
     for (int64_t first = 0; first < words; first += bytes / 2) {
@@ -81,19 +78,20 @@ struct EncodedScratch {
   float* scores;    // [group, score_stride]
   float* rescale;   // [group]
   float* step;      // [group]: what 1 of the 16-bit integers stands for
+  float* share;     // [group]: 1 / step, or 0
   float* base;      // [group]: q . zero
   float* rows;      // [kDecodedRows, padded dim]
   float* left;      // [rank, score_stride]
   int16_t* q16;     // [group, q16_stride]
-  float* plane_sums;      // [group, plane_stride]
-  float* zeros;           // [group, vector]: the zero-points' part of the sums
-  float* weighted;        // [block tokens, groups]
-  int16_t* w16;           // [block tokens, groups]
-  int16_t* index;         // [groups, vector]
-  uint8_t* pairs;         // the block's words, interleaved
-  uint8_t* pair_weights;  // [groups, pairs, group, vector]
+  uint8_t* columns;         // [pairs of words, 2, vector]: of two vectors of tokens
+  float* plane_sums;        // [group, plane_stride]
+  float* zeros;             // [group, groups, vector]: the zero-points' part of the sums
+  float *v_scale, *v_zero;  // [groups, token_stride]
+  float* weighted;          // [2, groups, token_stride]
+  int16_t* w16;             // [group, groups, token_stride]
+  uint8_t* joined;          // the block's words, those of two tokens or more side by side
   const uint8_t* mask_of;  // of the channels that packed_q has
-  int64_t score_stride, q16_stride, plane_stride;
+  int64_t score_stride, q16_stride, plane_stride, token_stride;
 };
 
 // Point `to` at its parts of the memory from `base`, for vectors of `bytes` bytes; returns the
@@ -121,20 +119,25 @@ struct EncodedScratch {
   to->scores = take(group * to->score_stride * 4);
   to->rescale = take(group * 4);
   to->step = take(group * 4);
+  to->share = take(group * 4);
   to->base = take(group * 4);
   to->rows = take(kDecodedRows * most_pad * 4);
   to->left = take(rank * to->score_stride * 4);
   to->q16 = reinterpret_cast<int16_t*>(take(group * to->q16_stride * 2));
+  const int64_t k_vectors = (r.k.words() * 2 + bytes - 1) / bytes;
+  to->columns = reinterpret_cast<uint8_t*>(take(k_vectors * (bytes / 4) * 2 * bytes));
+  to->token_stride = (tokens + 2 * kLine - 1) / (2 * kLine) * 2 * kLine;
   if (values.rows > 0) {
-    const int64_t n_pairs = tokens / (2 * values.rows);
-    to->plane_stride = values.vectors * r.v.planes() * 2 * (bytes / 4);
+    const int64_t units = tokens / (values.rows > 1 ? values.rows : 2);
+    const int64_t halves = values.rows > 1 ? 1 : 2, numbers = values.groups * to->token_stride;
+    to->plane_stride = values.vectors * r.v.planes() * halves * (bytes / 4);
     to->plane_sums = take(group * to->plane_stride * 4);
-    to->zeros = take(group * bytes);
-    to->weighted = take(tokens * values.groups * 4);
-    to->w16 = reinterpret_cast<int16_t*>(take(tokens * values.groups * 2));
-    to->index = reinterpret_cast<int16_t*>(take(values.groups * bytes));
-    to->pairs = reinterpret_cast<uint8_t*>(take(n_pairs * values.vectors * 2 * bytes));
-    to->pair_weights = reinterpret_cast<uint8_t*>(take(values.groups * n_pairs * group * bytes));
+    to->zeros = take(group * values.groups * bytes);
+    to->v_scale = take(numbers * 4);
+    to->v_zero = take(numbers * 4);
+    to->weighted = take(2 * numbers * 4);
+    to->w16 = reinterpret_cast<int16_t*>(take(group * numbers * 2));
+    to->joined = reinterpret_cast<uint8_t*>(take(units * values.vectors * halves * bytes));
   }
   return taken;
 }

@@ -22,9 +22,11 @@ struct Ints<Avx2> {
   }
   static void store(void* to, Vec v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
   static Vec set16(int16_t x) { return _mm256_set1_epi16(x); }
-  static Vec plane(Vec x, int shift, Vec mask) {
-    return _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(shift)), mask);
-  }
+  using Shift = __m128i;
+  static Shift shift(int bits) { return _mm_cvtsi32_si128(bits); }
+  static Vec shifted(Vec x, Shift shift) { return _mm256_srl_epi16(x, shift); }
+  static Vec both(Vec a, Vec b) { return _mm256_and_si256(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
   static Vec low_pairs(Vec a, Vec b) {
     return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
   }
@@ -32,8 +34,15 @@ struct Ints<Avx2> {
     return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
   }
   static Vec dot(Vec sum, Vec a, Vec b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-  static Vec adjacent(Vec a, Vec b) {
-    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8);
+  static Vec even(Vec a, Vec b) { return joined(shuffled<0x88>(a, b)); }
+  static Vec odd(Vec a, Vec b) { return joined(shuffled<0xdd>(a, b)); }
+  template <int R>
+  static Vec join(Vec v) {
+    for (int rows = R; rows > 1; rows /= 2) {
+      const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+      v = _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+    }
+    return v;
   }
   template <int R>
   static Vec repeat(const int16_t* from) {
@@ -50,23 +59,24 @@ struct Ints<Avx2> {
     __builtin_memcpy(&bits, from, sizeof bits);
     return _mm256_set1_epi32(bits);
   }
-  static Vec pick(const int16_t* w, const int16_t* index) {
-    int16_t picked[16];
-    for (int i = 0; i < 16; ++i) picked[i] = w[index[i]];
-    return load(picked);
-  }
   static __m256 to_float(Vec v) { return _mm256_cvtepi32_ps(v); }
-  static void store16(int16_t* to, __m256 v) {
-    const __m256i whole = _mm256_cvtps_epi32(v);
-    const __m256i halves = _mm256_packs_epi32(whole, whole);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+  static Vec bits(__m256 v) { return _mm256_castps_si256(v); }
+  static __m256 from_bits(Vec v) { return _mm256_castsi256_ps(v); }
+  static __m256 magnitude(__m256 x) {
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
   }
-  static __m256 spread(const float* from, int shift) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from),
-                                    _mm256_srl_epi32(lanes, _mm_cvtsi32_si128(shift)));
+  static void store16(int16_t* to, __m256 a, __m256 b, __m256 share) {
+    store(to, joined(_mm256_packs_epi32(_mm256_cvtps_epi32(a * share),
+                                        _mm256_cvtps_epi32(b * share))));
   }
+
+ private:
+  template <int kChosen>
+  static Vec shuffled(Vec a, Vec b) {
+    return bits(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), kChosen));
+  }
+  // What two halves of vectors hold of a and b each: that of a, then that of b.
+  static Vec joined(Vec halves) { return _mm256_permute4x64_epi64(halves, 0xd8); }
 };
 
 }  // namespace tamis

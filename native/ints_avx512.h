@@ -19,9 +19,12 @@ struct Avx512Ints {
   }
   static void store(void* to, Vec v) { _mm512_storeu_si512(to, v); }
   static Vec set16(int16_t x) { return _mm512_set1_epi16(x); }
-  static Vec plane(Vec x, int shift, Vec mask) {
-    return _mm512_and_si512(_mm512_srl_epi16(x, _mm_cvtsi32_si128(shift)), mask);
-  }
+  // A vector, because shifts by a scalar hold up products where vectors do not.
+  using Shift = Vec;
+  static Shift shift(int bits) { return set16(static_cast<int16_t>(bits)); }
+  static Vec shifted(Vec x, Shift shift) { return _mm512_srlv_epi16(x, shift); }
+  static Vec both(Vec a, Vec b) { return _mm512_and_si512(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
   static Vec low_pairs(Vec a, Vec b) {
     return _mm512_mask_blend_epi16(0xaaaaaaaau, a, _mm512_slli_epi32(b, 16));
   }
@@ -29,12 +32,12 @@ struct Avx512Ints {
     return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b);
   }
   static Vec dot(Vec sum, Vec a, Vec b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-  static Vec adjacent(Vec a, Vec b) {
-    const Vec even =
-        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const Vec odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b),
-                            _mm512_permutex2var_epi32(a, odd, b));
+  static Vec even(Vec a, Vec b) { return _mm512_permutex2var_epi32(a, kEven32.vector(), b); }
+  static Vec odd(Vec a, Vec b) { return _mm512_permutex2var_epi32(a, kOdd32.vector(), b); }
+  template <int R>
+  static Vec join(Vec v) {
+    static constexpr Index<int16_t> kOrder = joined_rows(R);
+    return _mm512_permutexvar_epi16(kOrder.vector(), v);
   }
   template <int R>
   static Vec repeat(const int16_t* from) {
@@ -54,19 +57,43 @@ struct Avx512Ints {
     __builtin_memcpy(&bits, from, sizeof bits);
     return _mm512_set1_epi32(bits);
   }
-  static Vec pick(const int16_t* w, const int16_t* index) {
-    return _mm512_permutexvar_epi16(load(index), load(w));
-  }
   static __m512 to_float(Vec v) { return _mm512_cvtepi32_ps(v); }
-  static void store16(int16_t* to, __m512 v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+  static Vec bits(__m512 v) { return _mm512_castps_si512(v); }
+  static __m512 from_bits(Vec v) { return _mm512_castsi512_ps(v); }
+  static __m512 magnitude(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(bits(x), _mm512_set1_epi32(0x7fffffff)));
   }
-  static __m512 spread(const float* from, int shift) {
-    const Vec lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(lanes, _mm_cvtsi32_si128(shift)),
-                                 _mm512_loadu_ps(from));
+  static void store16(int16_t* to, __m512 a, __m512 b, __m512 share) {
+    // The low 16 bits of a float whose last bit stands for 1.
+    const __m512 one = _mm512_set1_ps(12582912.0f);
+    store(to, _mm512_permutex2var_epi16(bits(_mm512_fmadd_ps(a, share, one)), kEven16.vector(),
+                                        bits(_mm512_fmadd_ps(b, share, one))));
   }
+
+ private:
+  // Which numbers a permutation takes.
+  template <class T>
+  struct Index {
+    alignas(64) T from[kBytes / sizeof(T)];
+    Vec vector() const { return load(from); }
+  };
+  template <class T>
+  static constexpr Index<T> every_second(int first) {
+    Index<T> index{};
+    for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) {
+      index.from[i] = static_cast<T>(2 * i + first);
+    }
+    return index;
+  }
+  static constexpr Index<int16_t> joined_rows(int rows) {
+    Index<int16_t> index{};
+    for (int i = 0; i < 32; ++i) {
+      index.from[i] = static_cast<int16_t>(i % rows * (32 / rows) + i / rows);
+    }
+    return index;
+  }
+  static constexpr auto kEven32 = every_second<int32_t>(0), kOdd32 = every_second<int32_t>(1);
+  static constexpr auto kEven16 = every_second<int16_t>(0);
 };
 
 template <>
