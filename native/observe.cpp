@@ -4,11 +4,10 @@
 #include "observe.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -48,14 +47,12 @@ void observe_chunk(const ObserveArgs& a, Isa isa, int threads) {
   std::stable_sort(items.begin(), items.end(),
                    [](const Item& one, const Item& other) { return one.begin < other.begin; });
   if (static_cast<int64_t>(items.size()) * kSpan * a.n * group < kParallelPairs) threads = 1;
-  const int64_t scratch_size = span_scratch_floats(group, a.k_dim);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, span_scratch_floats(group, a.k_dim));
   ObserveSpan* const observe = kernels(isa).observe_span[static_cast<int>(a.dtype)];
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (size_t i = 0; i < items.size(); ++i) {
-    observe(a, items[i].head, items[i].begin, items[i].end,
-            scratch.get() + thread_index() * scratch_size);
+    observe(a, items[i].head, items[i].begin, items[i].end, scratch.mine());
   }
 }
 
@@ -75,15 +72,13 @@ void observe_decode(const ObserveArgs& a, Isa isa, int threads) {
     }
   }
   if (static_cast<int64_t>(items.size()) * kObserved * group < kParallelPairs) threads = 1;
-  const int64_t scratch_size = range_scratch_floats(group, a.k_dim);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, range_scratch_floats(group, a.k_dim));
   ObserveRange* const observe = kernels(isa).observe_range[static_cast<int>(a.dtype)];
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (size_t i = 0; i < items.size(); ++i) {
     const Item& item = items[i];
-    observe(a, item.row, item.head, item.begin, item.end,
-            scratch.get() + thread_index() * scratch_size);
+    observe(a, item.row, item.head, item.begin, item.end, scratch.mine());
   }
 }
 

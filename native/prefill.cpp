@@ -1,11 +1,10 @@
 #include "prefill.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -90,15 +89,14 @@ void prefill(const PrefillArgs& a, Isa isa, int threads) {
   const std::vector<QueryTile> tiles =
       a.pattern.block > 0 ? sparse_tiles(a, rows) : dense_tiles(a, rows);
   const int64_t most = std::max(rows, a.q_heads / a.kv_heads);
-  const int64_t scratch_size = prefill_scratch_floats(most, a.k_dim, a.v_dim);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, prefill_scratch_floats(most, a.k_dim, a.v_dim));
   PrefillTile* const attend = kernels(isa).prefill_tile[static_cast<int>(a.dtype)];
 
   // The last tokens see most: they go first.
   const int64_t count = static_cast<int64_t>(tiles.size());
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < count; ++item) {
-    attend(a, tiles[count - 1 - item], scratch.get() + thread_index() * scratch_size);
+    attend(a, tiles[count - 1 - item], scratch.mine());
   }
 }
 
