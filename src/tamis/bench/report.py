@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
-from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
-from tamis import files
+from tamis import files, pages
 from tamis.bench.figures import styles
 from tamis.bench.record import Record
 from tamis.bench.sections import overview, sections
@@ -37,10 +36,8 @@ def write_report(path: Path, record: Record, summary: Summary, depths: int) -> N
 
 def render(record: Record, summary: Summary, depths: int) -> str:
     """The report as HTML; it requests nothing, and its own policy forbids it to."""
-    environment = Environment(
-        loader=PackageLoader("tamis.bench"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
+    template = pages.environment("tamis.bench").get_template("report.html.j2")
+    return template.render(
         record=record,
         title=PurePath(record.settings.model).name,
         overview=overview(summary),

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 
-from tamis import files
+from tamis import files, pages
 from tamis.inspection.result import Inspection
 from tamis.platform import format_bytes
 
@@ -33,13 +32,8 @@ def render(inspection: Inspection, highlight: Sequence[str] = ()) -> str:
     Raises:
         RequestError: a highlighted text stands nowhere in the prompt.
     """
-    environment = Environment(
-        loader=PackageLoader("tamis.inspection"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    template = pages.environment("tamis.inspection").get_template("page.html.j2")
+    return template.render(
         inspection=inspection,
         totals=totals(inspection),
         data=page_data(inspection, highlight),

@@ -7,10 +7,9 @@ import hashlib
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
-from jinja2 import Environment, PackageLoader
 from starlette.responses import Response
 
-from tamis import __version__
+from tamis import __version__, pages
 from tamis.server.protocol import ContextCard, ErrorBody
 from tamis.server.recent import Ended, Latencies
 from tamis.server.service import Service
@@ -86,11 +85,11 @@ def install(app: FastAPI, service: Service) -> None:
 
 def render() -> tuple[str, dict[str, str]]:
     """The page, and the headers that let it run its own script and ask its own server alone."""
-    environment = Environment(loader=PackageLoader("tamis.server"), autoescape=True)
+    templates = pages.environment("tamis.server")
     style, script = (
-        environment.get_template(name).render() for name in ("dashboard.css", "dashboard.js")
+        templates.get_template(name).render() for name in ("dashboard.css", "dashboard.js")
     )
-    page = environment.get_template("dashboard.html.j2").render(style=style, script=script)
+    page = templates.get_template("dashboard.html.j2").render(style=style, script=script)
     policy = {
         "default-src": "'none'",
         "script-src": _hash(script),
