@@ -72,8 +72,9 @@ def plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Inside, torchao, which Transformers imports where it is installed, says nothing about the
-    libraries for other machines that it cannot load."""
+    """Inside, torchao, which Transformers imports with its models where it is installed, says
+    nothing about the libraries for other machines that it cannot load. A program may do so; tamis
+    as a library leaves the loggers of others to the program that imports it."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
