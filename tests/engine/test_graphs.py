@@ -85,7 +85,7 @@ def test_each_size_is_recorded_once(llama: Model, asked: Asked) -> None:
     sizes = []
 
     def noted(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        sizes.append(tuple(recorder(engine)._steps)[-1])
+        sizes.append(tuple(recorder(engine)._steps)[-1][:2])
         return run
 
     engine = make(llama, noted)
@@ -193,7 +193,9 @@ def mark_next(cache: Any, slots: Tensor) -> None:
         ("dense", 9),
         ("streamingllm(sinks=2, budget=24)", 9),
         ("snapkv(budget=20, window=4)", 9),
-        ("kivi(bits=4, group_size=8, residual=8)", 0),  # encoded pages beside the live ones
+        ("kivi(bits=4, group_size=8, residual=8)", 9),
+        ("snapkv(budget=20, window=4) + kivi(bits=2, group_size=8, residual=8)", 9),
+        ("minicache()", 0),  # shared pages beside the live ones
         ("quest(pages=2)", 0),  # reads some pages only
         ("h2o(budget=24)", 0),  # counts the attention of every step
     ],
@@ -205,6 +207,24 @@ def test_plans_whose_steps_read_all_live_pages_and_nothing_else_qualify(
     engine, plain = (make(llama, capture, page_size=8) for capture in (run_again, None))
     assert generate(engine, asked, plan) == generate(plain, asked, plan)
     assert recorder(engine).run == steps
+
+
+def test_encoded_pages_of_one_kind_qualify_beside_exact_ones(
+    llama: Model, prompts: list[list[int]]
+) -> None:
+    def run(capture: Capture | None, *plans: str) -> tuple[list[int], Engine]:
+        engine, tokens = make(llama, capture, page_size=8, max_batch_tokens=256), []
+        for prompt, plan in zip([prompts[2], prompts[4], prompts[5]], plans, strict=True):
+            engine.add_request(prompt, greedy(10), Plan.parse(plan))
+        while not engine.idle:
+            tokens += [token for i in engine.step() for token in i.token_ids]
+        return tokens, engine
+
+    kivi, other = "kivi(bits=4, group_size=8, residual=8)", "kivi(bits=2, group_size=8, residual=8)"
+    for plans, steps in (((kivi, "dense", kivi), 9), ((kivi, "dense", other), 0)):
+        tokens, engine = run(into_one_tensor, *plans)
+        assert tokens == run(None, *plans)[0]
+        assert recorder(engine).run == steps
 
 
 def test_drafts_do_not_qualify(llama: Model) -> None:

@@ -45,7 +45,7 @@ from tamis.cache.arena import Arena
 from tamis.cache.batch import BatchView
 from tamis.cache.common import CommonPrefix, worth_sharing
 from tamis.cache.copies import OutOfSwap
-from tamis.cache.fixed import FixedBatch
+from tamis.cache.fixed import FixedBatch, FixedStores
 from tamis.cache.format import Field, PagedKV, PageFormat
 from tamis.cache.layout import CacheLayout, LayerShape
 from tamis.cache.paged import PagedCache
@@ -63,6 +63,7 @@ __all__ = [
     "CommonPrefix",
     "Field",
     "FixedBatch",
+    "FixedStores",
     "LayerShape",
     "OutOfPages",
     "OutOfSwap",

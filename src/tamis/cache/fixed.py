@@ -14,6 +14,7 @@ from tamis.cache.format import PagedKV
 from tamis.cache.paged import PagedCache
 from tamis.cache.pool import IntArray
 from tamis.cache.sequence import SequenceCache
+from tamis.cache.store import Store
 
 
 class FixedBatch:
@@ -96,6 +97,44 @@ class FixedBatch:
         rows = self.layout.rows(layer)
         format = self.layout.formats[self.layout.layer_formats[layer]]
         return PagedKV(self._data, format, self._step.tables[:, rows], self._step.after[:, rows])
+
+
+class FixedStores:
+    """The pages of sequences' stores that cover the same layers (`together`), at fixed addresses.
+
+    Args:
+        like: a store that covers these layers, in the formats of all.
+        rows, width: the most sequences, and the most pages of any of their heads.
+    """
+
+    def __init__(self, like: Store, rows: int, width: int) -> None:
+        self._data = like.tier.arena.data
+        self._layers = {layer: (format, like.rows(layer)) for layer, format in like.formats.items()}
+        n_rows, device = like.lengths.size, self._data.device
+        shapes: list[tuple[int, ...]] = [(rows, n_rows, width), (rows, n_rows)]
+        size = sum(map(prod, shapes))
+        self._sent = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._received = torch.zeros(size, dtype=torch.int32, device=device)
+        self._from_tables, self._from_lengths = _split(self._sent, shapes)
+        self._tables, self._lengths = _split(self._received, shapes)
+
+    def fill(self, stores: Sequence[Store | None]) -> None:
+        """Take the stores of a step's sequences in, None for those without; and send them."""
+        tables, lengths = self._from_tables.numpy(), self._from_lengths.numpy()
+        lengths[:] = 0
+        for i, store in enumerate(stores):
+            if store is not None:
+                own = store.tables[:, : tables.shape[2]]
+                tables[i, :, : own.shape[1]] = own
+                lengths[i] = store.lengths
+        self._received.copy_(self._sent)
+
+    def pages(self, layer: int) -> PagedKV | None:
+        """The pages of all rows at one layer; None if the stores do not cover it."""
+        if layer not in self._layers:
+            return None
+        format, rows = self._layers[layer]
+        return PagedKV(self._data, format, self._tables[:, rows], self._lengths[:, rows])
 
 
 class _Step(NamedTuple):

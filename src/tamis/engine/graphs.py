@@ -6,16 +6,19 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tamis.attention import decode
-from tamis.cache import FixedBatch, PagedCache, worth_sharing
-from tamis.engine import stores
+from tamis.attention.encoding import PageEncoding
+from tamis.cache import FixedBatch, FixedStores, PagedCache, PageFormat, Store, worth_sharing
+from tamis.engine import encoded, stores
 from tamis.engine.flat import FlatBatch
 from tamis.engine.sequence import Sequence
 from tamis.engine.shared import WORTH
+from tamis.engine.views import LayerOptions
 from tamis.model import Model
 
 _log = logging.getLogger(__name__)
@@ -98,8 +101,9 @@ class DecodeGraphs:
     rounded up to powers of two, so that few steps are recorded; rows too many are empty
     (`FixedBatch`), and of page tables too wide nothing is read.
 
-    Steps qualify in which every sequence adds one token, reads all of its live pages and nothing
-    else, and has nothing observed; and which share no prefix that is worth reading once
+    Steps qualify in which every sequence adds one token, reads all of its live pages and, beside
+    encoded ones, nothing else, and has nothing observed; whose encoded pages, where some have them,
+    are of one kind; and which share no prefix that is worth reading once
     (`SharedDecode`). Models whose RoPE depends on the sequence's length never qualify.
 
     Args:
@@ -120,7 +124,7 @@ class DecodeGraphs:
         self._cache = cache
         self._capture: Capture | None = capture
         self._most = most
-        self._steps: dict[tuple[int, int], _Step] = {}  # the last used one last
+        self._steps: dict[_Size, _Step] = {}  # the last used one last
 
     def logits(self, sequences: Seq[Sequence], flat: FlatBatch) -> Tensor | None:
         """Run a step of some sequences, if it qualifies.
@@ -136,16 +140,25 @@ class DecodeGraphs:
         if self._capture is None or not self._qualifies(sequences, flat):
             return None
         n, caches = len(sequences), [s.cache for s in sequences if s.cache is not None]
+        found = [None if s.life is None else stores.readable(s.life) for s in sequences]
+        kinds = {_Kind.of(*one) for one in found if one is not None}
+        if len(kinds) > 1:
+            return None
         rows = _power(n)
         width = _power(max(LEAST_PAGES, *(cache.width for cache in caches)))
-        if rows * width * self._cache.layout.n_rows > MOST_ENTRIES:
+        held = [None if one is None else one[0] for one in found]
+        beside = max((int(store.page_counts.max()) for store in held if store), default=0)
+        if rows * max(width, beside) * self._cache.layout.n_rows > MOST_ENTRIES:
             return None
-        step = self._step(rows, width)
+        beside = _power(max(LEAST_PAGES, beside)) if kinds else 0
+        step = self._step(_Size(rows, width, beside, *kinds), held)
         batch = step.batch
         batch.fill(caches, flat.tokens, flat.positions)
         if worth_sharing(batch.tables[:n], batch.lengths[:n], batch.layout, WORTH):
             return None
         batch.send()
+        if step.beside is not None:
+            step.beside.fill(held)
         replay = step.replay or self._record(step, self._capture)
         if replay is None:
             return None
@@ -162,20 +175,29 @@ class DecodeGraphs:
             and all(map(_plain, sequences))
         )
 
-    def _step(self, rows: int, width: int) -> _Step:
-        """The step of that size, recorded or not, which is now the last used one."""
-        step = self._steps.pop((rows, width), None)
+    def _step(self, size: _Size, encoded: Seq[Store | None]) -> _Step:
+        """The step of that size, recorded or not, which is now the last used one.
+
+        Args:
+            encoded: the stores of encoded pages of a step of that size.
+        """
+        step = self._steps.pop(size, None)
         if step is None:
-            step = _Step(FixedBatch(self._cache, rows, width))
+            like = next(filter(None, encoded), None)
+            step = _Step(
+                FixedBatch(self._cache, size.rows, size.width),
+                None if like is None else FixedStores(like, size.rows, size.beside),
+                None if size.kind is None else size.kind.encoding,
+            )
             while len(self._steps) >= self._most:
                 del self._steps[next(iter(self._steps))]
-        self._steps[rows, width] = step
+        self._steps[size] = step
         return step
 
     def _record(self, step: _Step, capture: Capture) -> Callable[[], Tensor] | None:
         """Record a step whose batch has been sent; None if that fails."""
         try:
-            step.replay = capture(_forward(self._model, step.batch))
+            step.replay = capture(_forward(self._model, step))
         except RuntimeError as error:  # torch's errors of CUDA are such
             first = _first(error)
             _log.warning(
@@ -191,17 +213,42 @@ class DecodeGraphs:
         return step.replay
 
 
+class _Kind(NamedTuple):
+    """How encoded pages are read: as what, and in which format at the first of their layers, which
+    tells their methods' sizes apart (as in `EncodedDecode`)."""
+
+    encoding: PageEncoding
+    format: PageFormat
+
+    @classmethod
+    def of(cls, store: Store, encoding: PageEncoding) -> _Kind:
+        return cls(encoding, next(iter(store.formats.values())))
+
+
+class _Size(NamedTuple):
+    """What tells recorded steps apart: rows; pages of the widest live table, and of the widest of
+    encoded pages; and how these are read, None where there are none."""
+
+    rows: int
+    width: int
+    beside: int = 0
+    kind: _Kind | None = None
+
+
 @dataclass
 class _Step:
-    """A step of one size: what it reads, and what runs it once it is recorded, which returns
-    logits [rows, vocab]."""
+    """A step of one size: what it reads, the encoded pages and how they are read among it, and what
+    runs it once it is recorded, which returns logits [rows, vocab]."""
 
     batch: FixedBatch
+    beside: FixedStores | None
+    encoding: PageEncoding | None
     replay: Callable[[], Tensor] | None = None
 
 
-def _forward(model: Model, batch: FixedBatch) -> Callable[[], Tensor]:
-    """The model's forward over what a batch holds whenever it runs; the host is not asked."""
+def _forward(model: Model, step: _Step) -> Callable[[], Tensor]:
+    """The model's forward over what a step holds whenever it runs; the host is not asked."""
+    batch, beside, encoding = step.batch, step.beside, step.encoding
     rows = torch.arange(batch.rows, device=batch.tokens.device)
 
     def attend(
@@ -216,7 +263,7 @@ def _forward(model: Model, batch: FixedBatch) -> Callable[[], Tensor]:
         sinks: Tensor | None,
     ) -> Tensor:
         batch.append(layer, k, v)
-        out, _ = decode(
+        state = decode(
             q,
             batch.pages(layer),
             scale=scale,
@@ -225,7 +272,11 @@ def _forward(model: Model, batch: FixedBatch) -> Callable[[], Tensor]:
             softcap=softcap,
             sinks=sinks,
         )
-        return out
+        pages = None if beside is None else beside.pages(layer)
+        if pages is not None and encoding is not None:
+            options = LayerOptions(scale, window, softcap, sinks)
+            state = encoded.merged(state, q, pages, encoding, options)
+        return state[0]
 
     def run() -> Tensor:
         return model.forward(batch.tokens.long(), batch.positions.long(), rows, attend)
@@ -234,7 +285,8 @@ def _forward(model: Model, batch: FixedBatch) -> Callable[[], Tensor]:
 
 
 def _plain(sequence: Sequence) -> bool:
-    """Whether a sequence's token reads all its live pages and nothing else, unobserved."""
+    """Whether a sequence's token reads all its live pages and, beside encoded ones that attention
+    reads where they lie, nothing else; unobserved."""
     cache, life = sequence.cache, sequence.life
     if cache is None or cache.room < 1 or sequence.draft is not None or not sequence.direct:
         return False
@@ -242,7 +294,7 @@ def _plain(sequence: Sequence) -> bool:
         return True
     observed = life.listens or (life.plan.needs.similarity and not life.generating)
     begun = life.layers[-1].options is not None  # which a step that runs as any other notes
-    return begun and not observed and stores.readable(life) is None
+    return begun and not observed
 
 
 def _first(error: BaseException) -> BaseException:
