@@ -4,11 +4,13 @@ share of a prefill.
     python benchmarks/moves.py [--context 32768] [--rounds 9] [--threads N] [--no-prefill]
 
 The first table takes a whole cache of 8 layers with 2 KV heads in bf16 through each operation, a
-layer or a piece of one at a time as the engine does. `bytes` are those that must be read and
-written; `of copy` is their rate as a share of a plain copy's between two tensors that exceed the
-caches. `reference` is the same call with TAMIS_BACKEND=reference: torch and numpy. Times are
-medians of interleaved runs. The second table is where a prefill of the Llama of random weights
-(random_llama.py) under some plans spends its time, as a profiler of Python's functions sees it.
+layer or a piece of one at a time as the engine does. `MiB` are those that must be read and written;
+`of copy` is their rate as a share of a plain copy's between two tensors that exceed the caches.
+`reference` is the same call with TAMIS_BACKEND=reference: torch and numpy. Times are medians of
+interleaved runs. `most similar` is bound by products, not by bytes: of one layer's head each token
+that goes is compared with the fifth that stays, as D2O does. The second table is where a prefill of
+the Llama of random weights (random_llama.py) under some plans spends its time, as a profiler of
+Python's functions sees it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from contestants_tamis import Tamis
 from random_llama import LlamaShape
+from tamis.attention.nearest import nearest
 from tamis.cache import CacheLayout, LayerShape, PagedCache, SequenceCache
 from tamis.cache.compaction import plan_compaction
 from tamis.methods.codec.kivi import KIVI
@@ -50,7 +53,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "snapkv(budget=0.1)": ("move_tokens", "keep", "act"),
     "kivi(bits=4)": ("gather", "encode", "scatter", "act"),
     "kivi(bits=2)": ("gather", "encode", "scatter", "act"),
-    "d2o(budget=0.2)": ("move_tokens", "_nearest", "_averaged", "write", "act"),
+    "d2o(budget=0.2)": ("move_tokens", "nearest", "_averaged", "write", "act"),
     "kvmerger()": ("move_tokens", "_pivots", "_averaged", "write", "act"),
 }
 """Plans, and the functions of theirs that are looked for: `act` is all that is done between steps,
@@ -119,6 +122,10 @@ def cases(context: int, dim: int) -> dict[str, Case]:
     )
     found["keys turned, own deltas"] = Case(
         partial(turn, k, torch.arange(context) // 3), 2 * elements * 2
+    )
+    kept, gone = k[0, : context // 5].contiguous(), k[0, context // 5 :].contiguous()
+    found["most similar, of one head"] = Case(
+        partial(nearest, gone, kept), k[0].numel() * 2 + 12 * len(gone)
     )
     return found
 
