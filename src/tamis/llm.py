@@ -59,7 +59,7 @@ class LLM:
             "recompute" (forget them) or "swap" (move them to host memory).
         swap_memory: host memory for "swap"; by default as much as `kv_memory`.
         host_memory: host memory for plans that place pages there; by default as much as
-            `kv_memory`. The system commits it only when it is used.
+            `kv_memory`. The system commits it only when it is used; for a GPU, all of it then.
         prefix_cache: whether prompts begin with the KV pages that earlier ones computed for the
             same tokens, which are kept until somebody needs their room. Off unless asked for, so
             that a prompt that is measured twice is computed twice; servers switch it on.

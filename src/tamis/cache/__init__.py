@@ -21,9 +21,9 @@ The life of a step, for every sequence of a batch:
 
 Between steps `keep` evicts, `take_out` does so for single tokens without moving the others,
 `retract` takes back rejected drafts, `fork` shares, `swap_out` and `swap_in` move a sequence to
-host memory and back (`HostCopies` keeps what was copied, so that it need not be copied again), and
-`free` ends it. `keys_values`, `positions_of` and `write` read and
-overwrite cached tokens. Three places hold what a method adds:
+host memory and back (`HostCopies` keeps what was copied, so that it need not be copied again;
+between a GPU and the host, `Transfers` copies beside its work), and `free` ends it. `keys_values`,
+`positions_of` and `write` read and overwrite cached tokens. Three places hold what a method adds:
 
 - *side columns*, fields of the live pages with a row per token (`column`, `set_column`,
   `accumulate`): they are kept, shared and swapped with their tokens, and zero for new ones;

@@ -31,8 +31,9 @@ class _Buffer(NamedTuple):
 class Transfers:
     """A side stream of a device, on which pages go to host memory and come from it.
 
-    The *computing stream* is the one that is current when a method is called. The host waits for
-    neither; what keeps them from disturbing each other:
+    The *computing stream* is the one that is current when a method is called. The host waits for no
+    copy of pages (but for the computing stream, when it sends their ids). What keeps the two
+    streams from disturbing each other:
 
     - Pages that go (`send`) are gathered into a buffer by the computing stream, so they may be
       written again by whatever it is given next. The side stream copies the buffer.
