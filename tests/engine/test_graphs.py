@@ -343,9 +343,17 @@ def operations() -> Iterator[set[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"llama-dynamic", "phi3-longrope"}))
+PLAIN = "dense"
+ENCODED = "kivi(bits=4, group_size=4, residual=4)"
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [(name, PLAIN) for name in sorted(CONFIGS.keys() - {"llama-dynamic", "phi3-longrope"})]
+    + [("llama", ENCODED)],
+)
 def test_the_host_is_asked_for_nothing_within(
-    load: Callable[[str], Model], extension: Any, name: str
+    load: Callable[[str], Model], extension: Any, name: str, plan: str
 ) -> None:
     """Which a CUDA graph could not record."""
     within: set[str] = set()
@@ -356,7 +364,7 @@ def test_the_host_is_asked_for_nothing_within(
         within.update(seen)
         return run
 
-    generate(make(load(name), watched), [([1, 2, 3], greedy(3))])
+    generate(make(load(name), watched), [(list(range(20)), greedy(3))], plan)
     assert "aten::embedding" in within
     assert not within & WAITS
 
