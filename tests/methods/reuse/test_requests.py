@@ -9,6 +9,7 @@ import pytest
 
 from tamis import LLM, SamplingParams
 from tamis.cache import SequenceCache
+from tamis.engine import blend
 from tamis.errors import KVMemoryError, PlanError, RequestError
 from tamis.model import Model
 from tamis.plan import Plan
@@ -245,6 +246,25 @@ def test_no_more_requests_start_than_there_is_memory_for(llama: Model) -> None:
     outputs = llm.generate([QUESTION] * 6, short, "promptcache()", context=contexts)
     assert [output.error for output in outputs] == [None] * 6
     assert sum(output.metrics.preemptions for output in outputs) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_joining_contexts_takes_no_page_that_was_not_reserved(
+    load: Callable[..., Model], name: str, begun: bool
+) -> None:
+    """Whether it begins with the first one's pages or with nothing, under windows too."""
+    llm = make(load(name))
+    contexts = [llm.engine.contexts.find(context) for context in add(llm)]
+    pages, first = llm.engine.cache, contexts[0].cache
+    assert first is not None
+    cache = first.fork() if begun else pages.new_sequence()
+    blend.reserve(cache, contexts, 7)
+    reserved = pages.bytes_in_use
+    assert reserved > llm.engine.context_bytes
+    blend.assemble(cache, contexts, llm.model.shift_keys, 7)
+    assert pages.bytes_peak == reserved
+    assert cache.next_position == len(WHOLE) + 7
 
 
 @pytest.mark.parametrize(("name", "room"), [("mistral", "88KiB"), ("gemma3", "120KiB")])
