@@ -34,7 +34,7 @@ class EncodedKernel {
   const int64_t k_words_, k_planes_, v_words_, v_planes_;  // as of Side, which divides
   EncodedScratch s_;
   Packing keys_, values_;  // rows 0 where codes are not multiplied as such
-  const uint8_t* pages_[kBlock];
+  const uint8_t* pages_[kEncodedBlock];
   int64_t n_pages_ = 0;  // of the block at work
   const int64_t lines_;  // of the cache, per page
   int64_t ahead_ = 0, ahead_line_ = 0;  // page and line that are prefetched next
@@ -64,6 +64,7 @@ class EncodedKernel {
     for (int64_t begin = r_.begin; begin < r_.end; begin += step) {
       n_pages_ = r_.end - begin < step ? r_.end - begin : step;
       for (int64_t i = 0; i < n_pages_; ++i) pages_[i] = page(begin + i);
+      if (keys_.rows > 0) scale_queries();
       for (int64_t i = 0; i < n_pages_; ++i) {
         score_page(pages_[i], i * r_.page_size);
         if (keys_.rows == 0) prefetch(lines_ / 2);
@@ -247,11 +248,12 @@ class EncodedKernel {
   // adding up the lanes of each product would cost more than the product.
   void score_codes(const uint8_t* page, int64_t t0) {
     for (int64_t first = 0; first < r_.page_size; first += k_.group) {
-      const int64_t at = first / k_.group * k_.dim;
-      typed(k_.dtype, page, k_.scale, [&](const auto* scale) {
-        using T = Element<decltype(scale)>;
-        scale_queries(scale + at, reinterpret_cast<const T*>(page + k_.zero) + at);
-      });
+      const int64_t unit = (t0 + first) / k_.group;
+      const float* const scales = s_.k_scale + unit * padded(k_.dim);
+      for (int64_t g = 0; g < r_.group; ++g) {
+        const float share = s_.share[unit * r_.group + g];
+        round16(query(g), scales, k_.dim, share, s_.q16 + g * s_.q16_stride);
+      }
       const uint8_t* const codes = page + k_.elements + first * k_words_ * 2;
       for (int64_t t = 0; t < k_.group; t += 2 * kWidth) {
         by_rows(keys_.rows, [&](auto rows) { turn_codes<decltype(rows)::value>(codes, t); });
@@ -259,74 +261,99 @@ class EncodedKernel {
         by_queries<kMostQueries>([&](auto number, int64_t g) {
           constexpr int N = decltype(number)::value;
           if (k_.group - t > kWidth) {
-            multiply_codes<N, 2>(t0 + first + t, g);
+            multiply_codes<N, 2>(t0 + first + t, g, unit);
           } else {
-            multiply_codes<N, 1>(t0 + first + t, g);
+            multiply_codes<N, 1>(t0 + first + t, g, unit);
           }
         });
       }
     }
   }
 
-  // q16 = 16-bit integers of q scale / step, base = q . zero.
-  template <class T>
-  void scale_queries(const T* scale, const T* zero) {
-    by_queries([&](auto number, int64_t g) {
-      constexpr int N = decltype(number)::value;
-      const int64_t dim = k_.dim, whole = dim / kWidth * kWidth, pad = padded(dim);
-      const float* const q = query(g);
-      float* const scaled = s_.rows;
-      Vec tops[N], bases[N];
-      for (int i = 0; i < N; ++i) tops[i] = bases[i] = Isa::set(0.0f);
-      const auto multiply = [&](int64_t d, Vec scales, Vec zeros) {
-        for (int i = 0; i < N; ++i) {
-          const Vec channels = Isa::load(q + i * pad + d), product = channels * scales;
-          Isa::store(scaled + i * pad + d, product);
-          tops[i] = Isa::max(tops[i], I::magnitude(product));
-          bases[i] = Isa::fma(channels, zeros, bases[i]);
-        }
-      };
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        multiply(d, Isa::load(scale + d), Isa::load(zero + d));
-      }
-      if (const int64_t left = dim - whole; left > 0) {
-        multiply(whole, Isa::load(scale + whole, left), Isa::load(zero + whole, left));
-      }
-      Isa::store(s_.base + g, reduced<kWidth, N>(bases, [](Vec a, Vec b) { return a + b; }));
-      choose_steps<N>(tops, g);
-      for (int i = 0; i < N; ++i) {
-        round16(scaled + i * pad, dim, s_.share[g + i], s_.q16 + (g + i) * s_.q16_stride);
-      }
-    });
-  }
-
-  // step and share of N queries from `g`, whose largest numbers are the largest lanes of `tops`:
-  // numbers times share are 16-bit integers, of which 1 stands for step. Writes whole vectors.
-  template <int N>
-  void choose_steps(Vec* tops, int64_t g) const {
-    const Vec most = reduced<kWidth, N>(tops, [](Vec a, Vec b) { return Isa::max(a, b); });
-    Isa::store(s_.step + g, most * Isa::set(1.0f / kMost));
-    Isa::store(s_.share + g, Isa::zero_below(Isa::set(kMost) / most, most, 1e-30f));
-  }
-
-  // `count` numbers times `share` as 16-bit integers; reads and writes two whole vectors at a time.
-  static void round16(const float* numbers, int64_t count, float share, int16_t* to) {
-    const Vec shares = Isa::set(share);
-    for (int64_t i = 0; i < count; i += 2 * kWidth) {
-      I::store16(to + i, Isa::load(numbers + i), Isa::load(numbers + i + kWidth), shares);
+  // step, share and base = q . zero of the block's groups of tokens, [groups, queries]. For all at
+  // once, because each is the end of a chain of operations that wait for each other.
+  void scale_queries() {
+    const int64_t per_page = r_.page_size / k_.group, units = n_pages_ * per_page;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const uint8_t* const page = pages_[unit / per_page];
+      const int64_t at = unit % per_page * k_.dim;
+      typed(k_.dtype, page, k_.scale, [&](const auto* scale) {
+        const auto* const zero = reinterpret_cast<decltype(scale)>(page + k_.zero);
+        by_queries([&](auto number, int64_t g) {
+          scale_queries<decltype(number)::value>(scale + at, zero + at, unit, g);
+        });
+      });
+    }
+    choose_steps(units * r_.group);
+    for (int64_t i = 0; i < units * r_.group; i += kWidth) {
+      Isa::store(s_.base + i, reduced(s_.bases + i * kWidth, [](Vec a, Vec b) { return a + b; }));
     }
   }
 
-  // Lane i is the sum, or what else `f` makes of two, of the lanes of v[i].
-  template <int Lanes, int N, class F>
+  // tops and bases of N queries from `g` for a group of tokens, and the group's scales.
+  template <int N, class T>
+  void scale_queries(const T* scale, const T* zero, int64_t unit, int64_t g) {
+    const int64_t dim = k_.dim, whole = dim / kWidth * kWidth, pad = padded(dim);
+    const float* const q = query(g);
+    float* const scales_to = s_.k_scale + unit * pad;
+    Vec tops[N], bases[N];
+    for (int i = 0; i < N; ++i) tops[i] = bases[i] = Isa::set(0.0f);
+    const auto multiply = [&](int64_t d, Vec scales, Vec zeros) {
+      Isa::store(scales_to + d, scales);
+      for (int i = 0; i < N; ++i) {
+        const Vec channels = Isa::load(q + i * pad + d);
+        tops[i] = Isa::max(tops[i], I::magnitude(channels * scales));
+        bases[i] = Isa::fma(channels, zeros, bases[i]);
+      }
+    };
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      multiply(d, Isa::load(scale + d), Isa::load(zero + d));
+    }
+    if (const int64_t left = dim - whole; left > 0) {
+      multiply(whole, Isa::load(scale + whole, left), Isa::load(zero + whole, left));
+    }
+    const int64_t at = (unit * r_.group + g) * kWidth;
+    for (int i = 0; i < N; ++i) {
+      Isa::store(s_.tops + at + i * kWidth, tops[i]);
+      Isa::store(s_.bases + at + i * kWidth, bases[i]);
+    }
+  }
+
+  // step and share of `count` sets of numbers, whose largest are the largest lanes of tops: numbers
+  // times share are 16-bit integers, of which 1 stands for step. Writes whole vectors.
+  void choose_steps(int64_t count) const {
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const Vec most = reduced(s_.tops + i * kWidth, [](Vec a, Vec b) { return Isa::max(a, b); });
+      Isa::store(s_.step + i, most * Isa::set(1.0f / kMost));
+      Isa::store(s_.share + i, Isa::zero_below(Isa::set(kMost) / most, most, 1e-30f));
+    }
+  }
+
+  // `count` products a b share as 16-bit integers; reads and writes two whole vectors at a time.
+  static void round16(const float* a, const float* b, int64_t count, float share, int16_t* to) {
+    const Vec shares = Isa::set(share);
+    for (int64_t i = 0; i < count; i += 2 * kWidth) {
+      I::store16(to + i, Isa::load(a + i) * Isa::load(b + i),
+                 Isa::load(a + i + kWidth) * Isa::load(b + i + kWidth), shares);
+    }
+  }
+
+  // Lane i is the sum, or what else `f` makes of two, of the lanes of the i-th vector.
+  template <class F>
+  static Vec reduced(const float* vectors, F f) {
+    Vec v[kWidth];
+    for (int i = 0; i < kWidth; ++i) v[i] = Isa::load(vectors + i * kWidth);
+    return reduced<kWidth>(v, f);
+  }
+
+  template <int N, class F>
   static Vec reduced(Vec* v, F f) {
-    if constexpr (Lanes > 1) {
-      constexpr int kHalf = (N + 1) / 2;
-      for (int i = 0; i < kHalf; ++i) {
-        const Codes a = I::bits(v[2 * i]), b = I::bits(v[2 * i + 1 < N ? 2 * i + 1 : 2 * i]);
+    if constexpr (N > 1) {
+      for (int i = 0; i < N / 2; ++i) {
+        const Codes a = I::bits(v[2 * i]), b = I::bits(v[2 * i + 1]);
         v[i] = f(I::from_bits(I::even(a, b)), I::from_bits(I::odd(a, b)));
       }
-      return reduced<Lanes / 2, kHalf>(v, f);
+      return reduced<N / 2>(v, f);
     }
     return v[0];
   }
@@ -371,7 +398,7 @@ class EncodedKernel {
 
   // Products of N queries from `g` with the T vectors of tokens of s_.columns.
   template <int N, int T>
-  void multiply_codes(int64_t t, int64_t g) {
+  void multiply_codes(int64_t t, int64_t g, int64_t unit) {
     constexpr int kColumns = kChains > N * T ? kChains / (N * T) : 1;
     const int64_t pairs = (k_words_ + 1) / 2, whole = pairs / kColumns * kColumns;
     Codes products[kColumns][N][T];
@@ -384,7 +411,8 @@ class EncodedKernel {
     for (; pair < whole; pair += kColumns) multiply_columns<kColumns, N, T>(pair, g, products);
     for (; pair < pairs; ++pair) multiply_columns<1, N, T>(pair, g, products);
     for (int i = 0; i < N; ++i) {
-      const Vec step = Isa::set(s_.step[g + i]), base = Isa::set(s_.base[g + i]);
+      const int64_t at = unit * r_.group + g + i;
+      const Vec step = Isa::set(s_.step[at]), base = Isa::set(s_.base[at]);
       for (int j = 0; j < T; ++j) {
         Codes sum = products[0][i][j];
         for (int c = 1; c < kColumns; ++c) sum = I::add(sum, products[c][i][j]);
@@ -621,7 +649,9 @@ class EncodedKernel {
   void add_codes() {
     by_rows(values_.rows, [&](auto rows) { join_tokens<decltype(rows)::value>(); });
     turn_scales();
-    by_queries<2>([&](auto number, int64_t g) { weigh<decltype(number)::value>(g); });
+    by_queries([&](auto number, int64_t g) { weigh<decltype(number)::value>(g); });
+    choose_steps(r_.group);
+    round_weights();
     by_rows(values_.rows, [&](auto rows) {
       by_queries<kMostQueries>([&](auto number, int64_t g) {
         multiply_values<decltype(rows)::value, decltype(number)::value>(g);
@@ -702,19 +732,16 @@ class EncodedKernel {
     }
   }
 
-  // w16 = 16-bit integers of the weights of N queries from `g` times scales / step, [groups,
-  // tokens], and the zero-points' part of their sums.
+  // tops of the weights of N queries from `g` times scales; the zero-points' part of their sums.
   template <int N>
   void weigh(int64_t g) {
-    const int64_t groups = values_.groups, stride = s_.token_stride;
-    const int64_t tokens = n_pages_ * r_.page_size;
+    const int64_t groups = values_.groups, tokens = n_pages_ * r_.page_size;
     const float* const weights = scores(g);  // zero to a whole number of vectors
     Vec tops[N];
     for (int i = 0; i < N; ++i) tops[i] = Isa::set(0.0f);
     for (int64_t group = 0; group < groups; ++group) {
-      const float* const scales = s_.v_scale + group * stride;
-      const float* const zeros = s_.v_zero + group * stride;
-      float* const scaled = s_.weighted + group * stride;
+      const float* const scales = s_.v_scale + group * s_.token_stride;
+      const float* const zeros = s_.v_zero + group * s_.token_stride;
       Vec sums[N];
       for (int i = 0; i < N; ++i) {
         sums[i] = Isa::load(zeros_of(g + i, group)) * Isa::set(s_.rescale[g + i]);
@@ -722,19 +749,25 @@ class EncodedKernel {
       for (int64_t t = 0; t < tokens; t += kWidth) {
         const Vec scale = Isa::load(scales + t), zero = Isa::load(zeros + t);
         for (int i = 0; i < N; ++i) {
-          const Vec weight = Isa::load(weights + i * s_.score_stride + t), product = weight * scale;
-          Isa::store(scaled + i * groups * stride + t, product);
-          tops[i] = Isa::max(tops[i], I::magnitude(product));
+          const Vec weight = Isa::load(weights + i * s_.score_stride + t);
+          tops[i] = Isa::max(tops[i], I::magnitude(weight * scale));
           sums[i] = Isa::fma(weight, zero, sums[i]);
         }
       }
       for (int i = 0; i < N; ++i) Isa::store(zeros_of(g + i, group), sums[i]);
     }
-    choose_steps<N>(tops, g);
-    for (int64_t row = 0; row < N * groups; ++row) {
-      // What lies between the tokens and a whole number of vectors is not read.
-      round16(s_.weighted + row * stride, tokens, s_.share[g + row / groups],
-              s_.w16 + (g * groups + row) * stride);
+    for (int i = 0; i < N; ++i) Isa::store(s_.tops + (g + i) * kWidth, tops[i]);
+  }
+
+  // w16 = 16-bit integers of weights times scales / step, [queries, groups, tokens].
+  void round_weights() {
+    const int64_t groups = values_.groups, tokens = n_pages_ * r_.page_size;
+    for (int64_t g = 0; g < r_.group; ++g) {
+      for (int64_t group = 0; group < groups; ++group) {
+        // What lies between the tokens and a whole number of vectors is not read.
+        round16(scores(g), s_.v_scale + group * s_.token_stride, tokens, s_.share[g],
+                s_.w16 + (g * groups + group) * s_.token_stride);
+      }
     }
   }
 

@@ -18,9 +18,12 @@ struct Packing {
   int64_t groups = 1;   // of channels, for values
 };
 
-// Pages of a block, about kBlock tokens.
+// Tokens per block, or one page: many, because what is done once per block takes its time; few
+// enough for the block's words and weights to stay in the first-level cache.
+constexpr int64_t kEncodedBlock = 256;
+
 [[maybe_unused]] inline int64_t block_pages(int64_t page_size) {
-  return page_size < kBlock ? kBlock / page_size : 1;
+  return page_size < kEncodedBlock ? kEncodedBlock / page_size : 1;
 }
 
 [[maybe_unused]] inline int64_t block_tokens(int64_t page_size) {
@@ -77,9 +80,12 @@ struct EncodedScratch {
   float* packed_q;  // [group, padded k_dim]: as inner products take them
   float* scores;    // [group, score_stride]
   float* rescale;   // [group]
-  float* step;      // [group]: what 1 of the 16-bit integers stands for
-  float* share;     // [group]: 1 / step, or 0
-  float* base;      // [group]: q . zero
+  float* tops;      // [units, group, vector], a unit being a group of tokens of the block's keys,
+  float* bases;     //   or its values: what is reduced to
+  float* share;     // [units, group]: 1 / step, or 0
+  float* step;      // [units, group]: what 1 of the 16-bit integers stands for
+  float* base;      // [units, group]: q . zero
+  float* k_scale;   // [units, padded k_dim]
   float* rows;      // [kDecodedRows, padded dim]
   float* left;      // [rank, score_stride]
   int16_t* q16;     // [group, q16_stride]
@@ -87,7 +93,6 @@ struct EncodedScratch {
   float* plane_sums;        // [group, plane_stride]
   float* zeros;             // [group, groups, vector]: the zero-points' part of the sums
   float *v_scale, *v_zero;  // [groups, token_stride]
-  float* weighted;          // [2, groups, token_stride]
   int16_t* w16;             // [group, groups, token_stride]
   uint8_t* joined;          // the block's words, those of two tokens or more side by side
   const uint8_t* mask_of;  // of the channels that packed_q has
@@ -118,9 +123,15 @@ struct EncodedScratch {
   to->packed_q = take(group * k_pad * 4);
   to->scores = take(group * to->score_stride * 4);
   to->rescale = take(group * 4);
-  to->step = take(group * 4);
-  to->share = take(group * 4);
-  to->base = take(group * 4);
+  const int64_t units = r.k.rows == Rows::by_channel ? tokens / r.k.group : 1;
+  // Read and written to whole vectors of sets.
+  const int64_t sets = (units * group + bytes / 4 - 1) / (bytes / 4) * (bytes / 4);
+  to->tops = take(sets * bytes);
+  to->bases = take(sets * bytes);
+  to->step = take(sets * 4);
+  to->share = take(sets * 4);
+  to->base = take(sets * 4);
+  to->k_scale = take(units * k_pad * 4);
   to->rows = take(kDecodedRows * most_pad * 4);
   to->left = take(rank * to->score_stride * 4);
   to->q16 = reinterpret_cast<int16_t*>(take(group * to->q16_stride * 2));
@@ -128,16 +139,15 @@ struct EncodedScratch {
   to->columns = reinterpret_cast<uint8_t*>(take(k_vectors * (bytes / 4) * 2 * bytes));
   to->token_stride = (tokens + 2 * kLine - 1) / (2 * kLine) * 2 * kLine;
   if (values.rows > 0) {
-    const int64_t units = tokens / (values.rows > 1 ? values.rows : 2);
+    const int64_t joined = tokens / (values.rows > 1 ? values.rows : 2);
     const int64_t halves = values.rows > 1 ? 1 : 2, numbers = values.groups * to->token_stride;
     to->plane_stride = values.vectors * r.v.planes() * halves * (bytes / 4);
     to->plane_sums = take(group * to->plane_stride * 4);
     to->zeros = take(group * values.groups * bytes);
     to->v_scale = take(numbers * 4);
     to->v_zero = take(numbers * 4);
-    to->weighted = take(2 * numbers * 4);
     to->w16 = reinterpret_cast<int16_t*>(take(group * numbers * 2));
-    to->joined = reinterpret_cast<uint8_t*>(take(units * values.vectors * halves * bytes));
+    to->joined = reinterpret_cast<uint8_t*>(take(joined * values.vectors * halves * bytes));
   }
   return taken;
 }
