@@ -222,20 +222,24 @@ def test_tokens_move_with_all_their_fields_and_nothing_else_does(
     assert torch.equal(pool.arena.data, want)
 
 
-def test_many_tokens_move_alike_on_any_number_of_threads(on_host: str) -> None:
-    """Enough bytes for several threads, and for several pieces of each."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_many_tokens_move_alike_on_any_number_of_threads(on_host: str, at_once: bool) -> None:
+    """Enough bytes for several threads, and for several pieces of each but where all change places
+    at once."""
     format, n = format_of(16, (64, 128), torch.float32), 2500
-    kept = np.flatnonzero(np.random.default_rng(0).random(n) < 0.7)
+    generator = np.random.default_rng(0)
+    chosen = generator.permutation(n) if at_once else np.flatnonzero(generator.random(n) < 0.7)
+
+    def places(ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids[at // 16], at % 16) for at in (chosen, np.arange(chosen.size))]
 
     def moves() -> torch.Tensor:
         pool, ids = pages_of(format, format.pages_for(n), seed=0)
-        source, target = ((ids[at // 16], at % 16) for at in (kept, np.arange(kept.size)))
-        pool.move_tokens(source, target)
+        pool.move_tokens(*places(ids), at_once=at_once)
         return pool.arena.data
 
     pool, ids = pages_of(format, format.pages_for(n), seed=0)
-    source, target = ((ids[at // 16], at % 16) for at in (kept, np.arange(kept.size)))
-    want = moved(pool, source, target)
+    want = moved(pool, *places(ids))
     assert all(torch.equal(data, want) for data in on_threads(moves, 1, 2, 3))
 
 

@@ -359,8 +359,9 @@ class PagePool:
             raise PageError("a page id that is not in use was given to the pool")
         return slots
 
-    # Pages and tokens are copied by indexing with arrays. On the CPU numpy does that several
-    # times faster than torch, because it copies rows and starts no threads; the syntax is one.
+    # What the native kernels do not copy is copied by indexing with arrays. On the CPU numpy does
+    # that several times faster than torch, because it copies rows and starts no threads; the
+    # syntax is one.
 
     def _indexable(self, tensor: torch.Tensor) -> Any:
         return tensor.numpy() if tensor.device.type == "cpu" else tensor
