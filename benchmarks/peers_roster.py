@@ -134,7 +134,7 @@ PARTS = (
     # A quarter of an hour each for a prompt of llama.cpp with quantized KV: not at this length.
     _series("27M", 32_768, "quantized", (TAMIS, *QUANTIZED[2:]), prefills=1),
     _series("27M", 32_768, "dropping", (TAMIS, TRANSFORMERS, *DROPPING), prefills=1),
-    _crowd("27M", 8, 2048, 128, rounds=2),
+    _crowd("27M", 8, 2048, 128, rounds=4),
     _crowd("27M", 32, 1024, 64, rounds=1),
     _series("0.5B", 2048, "dense", DENSE, prefills=2),
     _series("0.5B", 8192, "dense", EXACT, prefills=1),

@@ -18,7 +18,7 @@ from report import best_rates
 from tamis.cli.machine import measure_rates
 
 _ANSWER_S = 900
-_WARM_UP = 64
+_WARM_UP = 128
 
 
 class Field:
