@@ -8,12 +8,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
 #include "partials.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -111,18 +110,17 @@ void decode(const DecodeArgs& a, Isa isa, int threads) {
   if (tokens * (a.k_dim + a.v_dim) * size_of(a.dtype) < kParallelBytes) threads = 1;
 
   const Partials partials(chunks, group, a.v_dim);
-  const int64_t scratch_size = scratch_floats(group, a.k_dim) + padded(a.v_dim);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, scratch_floats(group, a.k_dim) + padded(a.v_dim));
   AttendRange* const attend = kernels(isa).attend_range[static_cast<int>(a.dtype)];
   for (int64_t s = 0; s < heads; ++s) {
-    if (spans[s].chunks() == 0) merge_span(a, spans[s], partials, s, scratch.get());
+    if (spans[s].chunks() == 0) merge_span(a, spans[s], partials, s, scratch.mine());
   }
 
   // A thread takes several chunks in a row, so that it can prefetch across their borders.
   const int64_t run = std::clamp(chunks / (8 * threads), int64_t{1}, kRun);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, run)
   for (int64_t c = 0; c < chunks; ++c) {
-    float* const mine = scratch.get() + thread_index() * scratch_size;
+    float* const mine = scratch.mine();
     const int64_t s = span_of[c], row = s / a.kv_heads, head = s % a.kv_heads;
     const Span& span = spans[s];
     const int64_t begin = span.begin + (c - span.first_chunk) * span.chunk();

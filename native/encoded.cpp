@@ -5,15 +5,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "encoded_scratch.h"
 #include "kernels.h"
 #include "partials.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -68,16 +66,6 @@ int64_t vector_bytes(Isa isa) {
   }
 }
 
-struct Free {
-  void operator()(float* floats) const { ::operator delete[](floats, std::align_val_t{64}); }
-};
-
-// Floats that begin on a cache line.
-std::unique_ptr<float[], Free> aligned_floats(int64_t n) {
-  return std::unique_ptr<float[], Free>(
-      static_cast<float*>(::operator new[](n * sizeof(float), std::align_val_t{64})));
-}
-
 }  // namespace
 
 void decode_encoded(const EncodedArgs& a, Isa isa, int threads) {
@@ -101,8 +89,7 @@ void decode_encoded(const EncodedArgs& a, Isa isa, int threads) {
                      group,  a.scale, a.softcap};
   EncodedScratch parts;
   const int64_t kernel_floats = carve(range, vector_bytes(isa), nullptr, &parts);
-  const int64_t scratch_size = kernel_floats + padded(a.v.dim);
-  const auto scratch = aligned_floats(threads * scratch_size);
+  const Scratch scratch(threads, kernel_floats + padded(a.v.dim));
   const Partials partials(chunks, group, a.v.dim);
   const MergeTarget target{DType::fp32, group, a.v.dim, a.out, a.lse};
   const auto merge = [&](int64_t s, float* sums) {
@@ -111,13 +98,13 @@ void decode_encoded(const EncodedArgs& a, Isa isa, int threads) {
                    nullptr, sums);
   };
   for (int64_t s = 0; s < heads; ++s) {
-    if (spans[s].chunks == 0) merge(s, scratch.get());
+    if (spans[s].chunks == 0) merge(s, scratch.mine());
   }
 
   AttendEncoded* const attend = kernels(isa).attend_encoded;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) firstprivate(range)
   for (int64_t c = 0; c < chunks; ++c) {
-    float* const mine = scratch.get() + thread_index() * scratch_size;
+    float* const mine = scratch.mine();
     const int64_t s = span_of[c], row = s / a.kv_heads, head = s % a.kv_heads;
     const Span& span = spans[s];
     range.table = span.table;

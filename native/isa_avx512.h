@@ -10,7 +10,7 @@ namespace tamis {
 struct Avx512 {
   static constexpr int kWidth = 16;
   static constexpr int kTileVectors = 4;  // columns of a tile of 6 rows that fits registers
-  static constexpr bool kTransposes = true;   // kWidth vectors
+  static constexpr bool kTransposes = true;  // kWidth vectors
   using Vec = __m512;
 
   template <class T>

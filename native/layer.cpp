@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "kernels.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -68,13 +68,9 @@ struct Member {
 template <class Work>
 void in_matrix_team(DType dtype, int64_t rows, int64_t depth, Isa isa, int threads, Work work) {
   const Kernels table = kernels(isa);
-  const int64_t scratch_size = linear_scratch_floats(rows, depth);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, linear_scratch_floats(rows, depth));
 #pragma omp parallel num_threads(threads)
-  {
-    const int index = thread_index();
-    work(Member{table, dtype, rows, index, team_size(), scratch.get() + index * scratch_size});
-  }
+  work(Member{table, dtype, rows, thread_index(), team_size(), scratch.mine()});
 }
 
 // Norm and rotate this thread's rows of heads.

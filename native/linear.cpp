@@ -2,10 +2,8 @@
 
 #include "linear.h"
 
-#include <memory>
-
 #include "kernels.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -23,16 +21,12 @@ LinearRange* linear_range_of(const Kernels& kernels, const LinearArgs& args) {
 void linear(const LinearArgs& a, Isa isa, int threads) {
   const int64_t size = a.scales != nullptr ? 1 : size_of(a.dtype);
   if (a.out * a.in * size < kParallelBytes) threads = 1;
-  const int64_t scratch_size = linear_scratch_floats(a.rows, a.in);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, linear_scratch_floats(a.rows, a.in));
   LinearRange* const range = linear_range_of(kernels(isa), a);
 
 #pragma omp parallel num_threads(threads)
-  {
-    float* const mine = scratch.get() + thread_index() * scratch_size;
-    share(a.out, kOutputs, thread_index(), team_size(),
-          [&](int64_t begin, int64_t end) { range(a, begin, end, mine); });
-  }
+  share(a.out, kOutputs, thread_index(), team_size(),
+        [&](int64_t begin, int64_t end) { range(a, begin, end, scratch.mine()); });
 }
 
 }  // namespace tamis

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "threads.h"
+#include "scratch.h"
 #include "top.h"
 
 namespace tamis {
@@ -84,8 +84,7 @@ void top_pages(const TopPagesArgs& a, Isa isa, int threads) {
     if (items.size() == first) pick(span, a.count, a.out + s * a.count);
   }
   if (pages < kParallelPages) threads = 1;
-  const int64_t scratch_size = bound_scratch_floats(group, a.k_dim);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const Scratch scratch(threads, bound_scratch_floats(group, a.k_dim));
   BoundPages* const bound = kernels(isa).bound_pages[static_cast<int>(a.dtype)];
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -99,7 +98,7 @@ void top_pages(const TopPagesArgs& a, Isa isa, int threads) {
     bound({p.data, table, item.count, p.low_offset, p.high_offset,
            a.q.data + first_q * size_of(a.dtype), a.q.head_stride, group, a.k_dim,
            spans[item.span].bounds + item.first},
-          scratch.get() + thread_index() * scratch_size);
+          scratch.mine());
     if (pending[item.span].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       pick(spans[item.span], a.count, a.out + item.span * a.count);
     }

@@ -2,10 +2,10 @@
 
 #include "quantize.h"
 
-#include <memory>
+#include <algorithm>
 
 #include "kernels.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace tamis {
 namespace {
@@ -17,14 +17,15 @@ constexpr int64_t kParallelElements = 1 << 14;
 
 void quantize(const QuantizeArgs& a, Isa isa, int threads) {
   if (a.tokens * a.dim < kParallelElements) threads = 1;
-  const int64_t scratch_size = quantize_scratch_floats(a.dim, a.bits);
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]());
+  const int64_t zeros = quantize_scratch_floats(a.dim, a.bits);
+  const Scratch scratch(threads, zeros);
   QuantizeRange* const range = kernels(isa).quantize_range[static_cast<int>(a.dtype)];
 
 #pragma omp parallel num_threads(threads)
   share(a.tokens, a.along_tokens ? a.group : 1, thread_index(), team_size(),
         [&](int64_t begin, int64_t end) {
-          range(a, begin, end, scratch.get() + thread_index() * scratch_size);
+          std::fill_n(scratch.mine(), zeros, 0.0f);
+          range(a, begin, end, scratch.mine());
         });
 }
 

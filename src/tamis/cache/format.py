@@ -117,6 +117,11 @@ class PageFormat:
         """Pages that hold `n_tokens` tokens of one head."""
         return -(-n_tokens // self.page_size)
 
+    def n_ids(self, data: torch.Tensor) -> int:
+        """One more than the greatest id that a page could have in an arena's bytes, uint8
+        [capacity]."""
+        return max(0, (data.numel() - self.page_bytes) // UNIT + 1)
+
     def view(self, data: torch.Tensor, name: str) -> torch.Tensor:
         """All possible pages' rows of one field, indexed by page id.
 
@@ -131,9 +136,8 @@ class PageFormat:
         """
         field = self.field(name)
         flat = data.view(field.dtype)
-        n_ids = max(0, (data.numel() - self.page_bytes) // UNIT + 1)
         return flat.as_strided(
-            (n_ids, field.rows_in(self.page_size), field.width),
+            (self.n_ids(data), field.rows_in(self.page_size), field.width),
             (UNIT // field.dtype.itemsize, field.width, 1),
             flat.storage_offset() + self.offsets[name] // field.dtype.itemsize,
         )

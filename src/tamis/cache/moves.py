@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tamis.cache.format import UNIT, PageFormat
+from tamis.cache.format import PageFormat
 from tamis.platform import native_for, triton_for
 
 Indices = npt.NDArray[np.int32]
@@ -84,7 +84,7 @@ def move_tokens(
     extension.move_tokens(
         torch.get_num_threads(),
         data.data_ptr(),
-        _page_ids(data, format),
+        format.n_ids(data),
         format.page_size,
         arrays[0].size,
         *(array.ctypes.data for array in arrays),
@@ -174,10 +174,10 @@ def copy_pages(
         format.page_bytes,
         source_data.data_ptr(),
         ids[0].ctypes.data,
-        _page_ids(source_data, format),
+        format.n_ids(source_data),
         target_data.data_ptr(),
         ids[1].ctypes.data,
-        _page_ids(target_data, format),
+        format.n_ids(target_data),
     )
 
 
@@ -193,7 +193,7 @@ def _copy(
 ) -> None:
     """Copy a field of pages to contiguous `values`, or the other way."""
     run = format.field(name).row_bytes * format.field(name).rows_in(format.page_size)
-    pages = data.data_ptr() + format.offsets[name], ids.ctypes.data, _page_ids(data, format)
+    pages = data.data_ptr() + format.offsets[name], ids.ctypes.data, format.n_ids(data)
     tensor = values.data_ptr(), 0, 0
     ends = (*pages, *tensor) if out_of_pages else (*tensor, *pages)
     extension.copy_runs(torch.get_num_threads(), ids.size, run, *ends)
@@ -202,11 +202,6 @@ def _copy(
 def _contiguous(array: Indices) -> Indices:
     """The same numbers as contiguous int32."""
     return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _page_ids(data: torch.Tensor, format: PageFormat) -> int:
-    """One more than the greatest id that a page of the format can have."""
-    return max(0, (data.numel() - format.page_bytes) // UNIT + 1)
 
 
 def _reference(

@@ -179,9 +179,9 @@ class PagePool:
 
     def words(self) -> torch.Tensor:
         """All possible pages as opaque words, int64 `[page ids, page_bytes / 8]`."""
-        n_ids = max(0, (self.arena.data.numel() - self.page_bytes) // UNIT + 1)
-        return self.arena.data.view(torch.int64).as_strided(
-            (n_ids, self.page_bytes // 8), (UNIT // 8, 1), 0
+        data = self.arena.data
+        return data.view(torch.int64).as_strided(
+            (self.format.n_ids(data), self.page_bytes // 8), (UNIT // 8, 1), 0
         )
 
     def gather(self, ids: IntArray, name: str) -> torch.Tensor:
